@@ -1,0 +1,1 @@
+"""Store, analyse, forecast, alert. Never imports torch."""

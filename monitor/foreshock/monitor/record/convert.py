@@ -1,0 +1,221 @@
+"""Records to Arrow and back, and the flat view of their tensors.
+
+Two ways in: dataclasses (people, tests, JSON) and columns (the monitor, where a dataclass a row
+would cost more than the statistics).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from foreshock.monitor.record.model import (
+    STATISTICS,
+    Event,
+    RecordError,
+    StepRecord,
+    TensorIdentity,
+    TensorStatistics,
+)
+from foreshock.monitor.record.schema import (
+    EVENT_TYPE,
+    IDENTITY_FIELDS,
+    SCHEMA,
+    TENSOR_TYPE,
+    conform,
+    statistic_type,
+    validate,
+)
+
+__all__ = [
+    "IdentityColumns",
+    "StatisticColumns",
+    "flatten_tensors",
+    "read_stream",
+    "record_batch",
+    "records_to_table",
+    "table_to_records",
+    "write_stream",
+]
+
+StatisticColumns = Mapping[str, "np.ma.MaskedArray[Any, Any]"]
+"""Statistic name to one value per tensor on the last axis; masked = not measured."""
+
+_IDENTITY_NAMES = tuple(f.name for f in IDENTITY_FIELDS)
+
+
+def records_to_table(records: Iterable[StepRecord]) -> pa.Table:
+    """Records as a table of `SCHEMA`, in the given order."""
+    rows = [_record_row(record) for record in records]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _record_row(record: StepRecord) -> dict[str, Any]:
+    return {
+        "step": record.step,
+        "time": record.time,
+        "scalars": list(record.scalars.items()),
+        "events": [_event_row(event) for event in record.events],
+        "tensors": [_tensor_row(tensor) for tensor in record.tensors],
+    }
+
+
+def _event_row(event: Event) -> dict[str, Any]:
+    return {f.name: getattr(event, f.name) for f in EVENT_TYPE}
+
+
+def _tensor_row(tensor: TensorStatistics) -> dict[str, Any]:
+    row = {name: getattr(tensor.identity, name) for name in _IDENTITY_NAMES}
+    row |= {"numel": tensor.numel, "observations": tensor.observations}
+    return row | {name: getattr(tensor, name) for name in STATISTICS}
+
+
+def table_to_records(table: pa.Table) -> list[StepRecord]:
+    """Read records out of a table; it is conformed and validated first.
+
+    Raises:
+        RecordError: The table breaks the contract.
+    """
+    rows = validate(conform(table)).to_pylist()
+    return [
+        StepRecord(
+            step=row["step"],
+            time=row["time"],
+            scalars={k: v for k, v in row["scalars"] or () if v is not None},
+            events=tuple(Event(**event) for event in row["events"] or ()),
+            tensors=tuple(_tensor_from(tensor) for tensor in row["tensors"] or ()),
+        )
+        for row in rows
+    ]
+
+
+def _tensor_from(row: dict[str, Any]) -> TensorStatistics:
+    identity = TensorIdentity(**{name: row.pop(name) for name in _IDENTITY_NAMES})
+    observations = row.pop("observations")
+    return TensorStatistics(
+        identity=identity, observations=1 if observations is None else observations, **row
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityColumns:
+    """The identities of a fixed set of tensors, as Arrow columns made once and used every step."""
+
+    identities: tuple[TensorIdentity, ...]
+    arrays: tuple[pa.Array, ...]
+
+    @classmethod
+    def of(cls, identities: Sequence[TensorIdentity]) -> IdentityColumns:
+        """Make the columns."""
+        arrays = tuple(
+            pa.array([getattr(identity, f.name) for identity in identities], f.type)
+            for f in IDENTITY_FIELDS
+        )
+        return cls(tuple(identities), arrays)
+
+    def take(self, rows: np.ndarray[Any, np.dtype[np.intp]]) -> IdentityColumns:
+        """The columns of some of the tensors."""
+        index = pa.array(rows)
+        return IdentityColumns(
+            tuple(self.identities[int(row)] for row in rows),
+            tuple(array.take(index) for array in self.arrays),
+        )
+
+
+def record_batch(
+    *,
+    step: int,
+    time: datetime,
+    scalars: Mapping[str, float],
+    events: Sequence[Event] = (),
+    identities: IdentityColumns | None = None,
+    statistics: StatisticColumns | None = None,
+) -> pa.RecordBatch:
+    """One record as a batch of `SCHEMA`, from columns.
+
+    Args:
+        step: 0-based optimizer step.
+        time: Timezone-aware end of the step.
+        scalars: Name to value; leave out what was not measured.
+        events: What happened at the step.
+        identities: One identity per tensor; None when no tensors were measured.
+        statistics: `numel`, `observations` and any of `STATISTICS`, each of shape (tensors,).
+    """
+    if identities is None or statistics is None:
+        tensors = pa.array([[]], pa.list_(TENSOR_TYPE))
+    else:
+        tensors = _tensor_list(identities, statistics)
+    return pa.record_batch(
+        [
+            pa.array([step], pa.int64()),
+            pa.array([time], pa.timestamp("us", tz="UTC")),
+            pa.array([list(scalars.items())], SCHEMA.field("scalars").type),
+            pa.array([[_event_row(event) for event in events]], pa.list_(EVENT_TYPE)),
+            tensors,
+        ],
+        schema=SCHEMA,
+    )
+
+
+def _tensor_list(identities: IdentityColumns, statistics: StatisticColumns) -> pa.Array:
+    count = len(identities.identities)
+    columns: list[pa.Array] = list(identities.arrays)
+    types = {"numel": pa.int64(), "observations": pa.int32()}
+    types |= {name: statistic_type(name) for name in STATISTICS}
+    for name, to in types.items():
+        values = statistics.get(name)
+        columns.append(pa.nulls(count, to) if values is None else _masked_array(values, to))
+    struct = pa.StructArray.from_arrays(columns, fields=list(TENSOR_TYPE))
+    offsets = pa.array([0, count], pa.int32())
+    return pa.ListArray.from_arrays(offsets, struct, type=pa.list_(TENSOR_TYPE))
+
+
+def _masked_array(values: np.ma.MaskedArray[Any, Any], to: pa.DataType) -> pa.Array:
+    mask = np.ma.getmaskarray(values)
+    data = np.where(mask, 0, values.data)
+    with np.errstate(over="ignore"):
+        return pa.array(data.astype(to.to_pandas_dtype()), to, mask=mask)
+
+
+def flatten_tensors(table: pa.Table) -> pa.Table:
+    """One row per tensor: `record` (row of the table), `step`, then the columns of `TENSOR_TYPE`.
+
+    Args:
+        table: A conformed table.
+    """
+    chunks = table["tensors"].combine_chunks()
+    lists = chunks.chunk(0) if isinstance(chunks, pa.ChunkedArray) else chunks
+    tensors = lists.flatten()
+    record = pc.list_parent_indices(lists).cast(pa.int64())
+    columns = {"record": record, "step": table["step"].take(record)}
+    columns |= {f.name: pc.struct_field(tensors, f.name) for f in TENSOR_TYPE}
+    return pa.table(columns)
+
+
+def write_stream(table: pa.Table, *, compression: str | None = "zstd") -> bytes:
+    """An Arrow IPC stream of a table, buffers compressed."""
+    sink = io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def read_stream(body: bytes) -> pa.Table:
+    """Read an Arrow IPC stream, conform and validate it.
+
+    Raises:
+        RecordError: The bytes are no Arrow stream, are cut short, or break the contract.
+    """
+    try:
+        table = pa.ipc.open_stream(body).read_all()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, EOFError) as error:
+        raise RecordError(f"not a whole Arrow IPC stream: {error}") from None
+    return validate(conform(table))

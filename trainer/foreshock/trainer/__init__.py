@@ -1,0 +1,1 @@
+"""A real FP8 trainer, and the source of labelled divergences."""

@@ -1,0 +1,190 @@
+"""What a run is: frozen dataclasses, checked when they are made.
+
+A run is a function in `recipes.py` that returns a `RunConfig`; nothing here trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from foreshock.trainer.faults import Fault
+
+__all__ = [
+    "Architecture",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrecisionConfig",
+    "RunConfig",
+    "ScheduleConfig",
+]
+
+Architecture = Literal["llama3", "fog_max"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder language model.
+
+    Attributes:
+        architecture: Which block; equations in `blocks/`.
+        width: Residual width d.
+        layers: Number of blocks L.
+        heads: Attention heads; width must divide by them.
+        vocabulary: Number of tokens; 256 = bytes.
+        ffn_width: Hidden width of a gated feed-forward; 0 takes 8/3 width, rounded up to 16.
+            Non-gated ones (FOG) get x1.5 of it, so that parameter counts agree.
+        init_std: Standard deviation of weights at initialisation.
+    """
+
+    architecture: Architecture = "llama3"
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    vocabulary: int = 256
+    ffn_width: int = 0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require(self.layers > 0, f"layers is {self.layers}; allowed: 1 or more")
+        _require(
+            self.heads > 0 and self.width % (2 * self.heads) == 0,
+            f"width {self.width} does not split into {self.heads} heads of even width",
+        )
+        _require(self.vocabulary > 1, f"vocabulary is {self.vocabulary}; allowed: 2 or more")
+        _require(self.init_std > 0, f"init_std is {self.init_std}; allowed: above 0")
+
+    @property
+    def gated_ffn_width(self) -> int:
+        """Hidden width of a gated feed-forward."""
+        return self.ffn_width or -(-8 * self.width // 3 // 16) * 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionConfig:
+    """How the GEMMs of the blocks are computed.
+
+    Attributes:
+        backend: bf16 (bfloat16 operands, reference), or emulated (FP8 operands, real casts, on any
+            device).
+        scaling: delayed (from an amax history) or current (from the tensor itself).
+        history: Length of the amax history of delayed scaling.
+        margin: Scale is divided by 2^margin.
+        forward_format, gradient_format: FP8 formats of inputs and weights, and of output gradients.
+    """
+
+    backend: Literal["bf16", "emulated"] = "emulated"
+    scaling: Literal["delayed", "current"] = "delayed"
+    history: int = 16
+    margin: int = 0
+    forward_format: Literal["e4m3", "e5m2"] = "e4m3"
+    gradient_format: Literal["e4m3", "e5m2"] = "e5m2"
+
+    def __post_init__(self) -> None:
+        _require(self.history >= 1, f"history is {self.history}; allowed: 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW; weight decay spares tensors of one dimension.
+
+    Attributes:
+        clip: Largest global gradient norm; None does not clip.
+    """
+
+    learning_rate: float = 2e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; allowed: above 0")
+        _require(0 <= self.beta1 < 1, f"beta1 is {self.beta1}; allowed: [0, 1)")
+        _require(0 <= self.beta2 < 1, f"beta2 is {self.beta2}; allowed: [0, 1)")
+        _require(self.clip is None or self.clip > 0, f"clip is {self.clip}; allowed: None or > 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """Warm-up, stable, decay ("1-sqrt" over the last share of the run).
+
+    Attributes:
+        warmup_steps: Linear from 0.
+        decay_share: Share of all steps at the end that decay; 0 for none.
+    """
+
+    warmup_steps: int = 50
+    decay_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; allowed: 0 or more")
+        _require(0 <= self.decay_share <= 1, f"decay_share is {self.decay_share}; allowed: [0, 1]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Byte-level text.
+
+    Attributes:
+        folder: Folder of text; None takes the Python standard library's source.
+        sequence_length: Tokens per sequence.
+        batch_size: Sequences per step.
+    """
+
+    folder: str | None = None
+    sequence_length: int = 128
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self.sequence_length > 1, "sequence_length is below 2")
+        _require(self.batch_size > 0, f"batch_size is {self.batch_size}; allowed: 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run, whole: the same config gives the same run, bit for bit on the same machine.
+
+    Attributes:
+        name: Run name in records; does not influence the training.
+        steps: Optimizer steps.
+        seed: Of initial weights and data order.
+        fault: How the run is broken on purpose, if it is.
+        tensor_every: Tensor statistics at every n-th step.
+    """
+
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int = 600
+    seed: int = 0
+    fault: Fault | None = None
+    tensor_every: int = 4
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0, f"steps is {self.steps}; allowed: 1 or more")
+        _require(self.tensor_every > 0, f"tensor_every is {self.tensor_every}; allowed: 1 or more")
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data, for the run registry and checkpoints."""
+        return asdict(self)
+
+    def fingerprint(self) -> str:
+        """Hex digest of everything that influences the training: all but the name."""
+        values = asdict(self)
+        del values["name"]
+        values["fault_kind"] = None if self.fault is None else type(self.fault).__name__
+        text = json.dumps(values, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""`foreshock`: puts the commands together. Heavy packages load inside the command that needs them."""
+"""`foreshock`: puts the commands together; heavy packages load inside the command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["app", "run"]
 
 app = typer.Typer(
     name="foreshock",
-    help="Watch low-precision training; know ahead of time that a run is going to diverge, and why.",
+    help="Know ahead of time that a low-precision run is going to diverge, and why.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )

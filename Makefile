@@ -1,0 +1,55 @@
+# Each target makes what it needs; on a fresh machine `make demo` and `make test` are enough.
+PYTHON ?= python3
+SEED ?= 7
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: setup setup-dev demo test test-long check bench gpu-test gpu-bench dashboards docs clean
+
+setup: .venv/.installed
+setup-dev: .venv/.installed-dev
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -U pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all]'
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt --group dev
+	touch $@
+
+demo: setup
+	$(BIN)/foreshock demo --seed $(SEED)
+
+test: setup-dev
+	$(BIN)/pytest -q
+
+test-long: setup-dev
+	$(BIN)/pytest -q -m long
+
+check: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pip check
+
+bench: setup-dev
+	$(BIN)/python benchmarks/monitor_overhead.py
+	$(BIN)/python benchmarks/ingest.py
+	$(BIN)/python benchmarks/page_latency.py
+
+# On a machine with a CUDA device and its own torch; needs pytest there and nothing else installed.
+gpu-test:
+	PYTHONPATH=monitor:trainer:api $(PYTHON) -m pytest -q -m gpu tests/gpu
+
+gpu-bench:
+	PYTHONPATH=monitor:trainer:api $(PYTHON) benchmarks/monitor_overhead.py --device cuda
+
+dashboards: setup-dev
+	$(BIN)/python dashboards/build.py
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis foreshock-spool

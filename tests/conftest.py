@@ -1,0 +1,20 @@
+"""Shared by all tests: on CI a skipped test is a failed one, unless it needs a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and os.environ.get("FORESHOCK_NO_SKIP") and not hasattr(report, "wasxfail"):
+        if item.get_closest_marker("gpu") is None:
+            report.outcome = "failed"
+            report.longrepr = f"skipped on CI, where nothing may be missing: {report.longrepr}"
+    return report

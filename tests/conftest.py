@@ -6,6 +6,11 @@ import os
 from collections.abc import Generator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Test machines are shared and noisy: a slow example says nothing about the code.
+settings.register_profile("foreshock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("foreshock")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -13,8 +18,8 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.skipped and os.environ.get("FORESHOCK_NO_SKIP") and not hasattr(report, "wasxfail"):
-        if item.get_closest_marker("gpu") is None:
-            report.outcome = "failed"
-            report.longrepr = f"skipped on CI, where nothing may be missing: {report.longrepr}"
+    forbidden = bool(os.environ.get("FORESHOCK_NO_SKIP")) and not hasattr(report, "wasxfail")
+    if report.skipped and forbidden and item.get_closest_marker("gpu") is None:
+        report.outcome = "failed"
+        report.longrepr = f"skipped on CI, where nothing may be missing: {report.longrepr}"
     return report

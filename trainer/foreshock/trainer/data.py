@@ -72,7 +72,7 @@ def load_corpus(folder: str | None = None) -> Corpus:
 
 
 def _walk(root: Path, skipped: set[str]) -> list[Path]:
-    """Every visible file below `root`, in the order of its path; whole folders are skipped early."""
+    """Every visible file below `root` in the order of its path; folders are skipped early."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [s for s in subfolders if s not in skipped and not s.startswith(".")]

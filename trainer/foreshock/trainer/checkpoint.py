@@ -1,0 +1,131 @@
+"""Checkpoints: written whole or not at all, resumed exactly or refused with the reason.
+
+They hold tensors and plain data only (`weights_only` loads them); model code is not pickled.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from foreshock.trainer.config import RunConfig
+
+__all__ = ["CheckpointError", "TrainingState", "latest", "load", "save"]
+
+_FORMAT: Final = 1
+_KEPT: Final = 2
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be resumed: another run's, another text's, or damaged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """The living parts of a run that a checkpoint saves and restores.
+
+    Attributes:
+        model: Weights, and the scales and amax histories in its buffers.
+        optimizer: Moments and step counts.
+        corpus_sha256: Text the run reads.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    corpus_sha256: str
+
+
+def save(folder: Path, config: RunConfig, state: TrainingState, next_step: int) -> Path:
+    """Write `step-<next_step>.pt` and drop all but the two newest checkpoints of the folder.
+
+    The file appears under its name only when it is whole and on the disk.
+
+    Args:
+        folder: Made when it is missing.
+        config: The run; its fingerprint is what `load` compares.
+        state: What to save.
+        next_step: The first step that is not yet taken.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{next_step:08d}.pt"
+    content = {
+        "format": _FORMAT,
+        "fingerprint": config.fingerprint(),
+        "config": config.as_dict(),
+        "corpus_sha256": state.corpus_sha256,
+        "next_step": next_step,
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    with unfinished.open("wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, path)
+    for old in sorted(folder.glob("step-*.pt"))[:-_KEPT]:
+        old.unlink()
+    return path
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint of the highest step, or None where there is none."""
+    return max(folder.glob("step-*.pt"), default=None)
+
+
+def load(path: Path, config: RunConfig, state: TrainingState) -> int:
+    """Restore a run in place and say which step comes next.
+
+    Raises:
+        CheckpointError: The file is damaged, or of another run or another text.
+    """
+    content = _read(path)
+    if content["fingerprint"] != config.fingerprint():
+        raise CheckpointError(f"{path} is of another run: {_difference(content, config)}")
+    if content["corpus_sha256"] != state.corpus_sha256:
+        raise CheckpointError(
+            f"{path} was trained on another text (sha256 {content['corpus_sha256'][:12]}, here "
+            f"{state.corpus_sha256[:12]}); resume with the same data.folder or Python version"
+        )
+    state.model.load_state_dict(content["model"])
+    state.optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["random"])
+    return int(content["next_step"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint; delete it to resume from the one before"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this version of foreshock")
+    return content
+
+
+def _difference(content: dict[str, Any], config: RunConfig) -> str:
+    """Which fields differ, as `field: theirs, here ours`."""
+    theirs, ours = _flat(content["config"]), _flat(config.as_dict())
+    fields = [
+        f for f in theirs.keys() | ours.keys() if f != "name" and theirs.get(f) != ours.get(f)
+    ]
+    listed = [f"{f} is {theirs.get(f)!r} there and {ours.get(f)!r} here" for f in sorted(fields)]
+    return "; ".join(listed) or "the kind of fault differs"
+
+
+def _flat(values: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    pairs: dict[str, object] = {}
+    for key, value in values.items():
+        pairs |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return pairs

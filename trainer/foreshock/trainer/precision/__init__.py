@@ -1,0 +1,25 @@
+"""How the GEMMs of the blocks are computed: backends behind one kind of linear layer.
+
+Knows neither blocks nor the training loop; a loop sets faults on the layers, step by step.
+"""
+
+from foreshock.trainer.precision.cast import GEMM_DTYPE, quantize, saturating_cast
+from foreshock.trainer.precision.linear import (
+    Bf16Linear,
+    Fp8Linear,
+    GemmLinear,
+    gemm_linear,
+)
+from foreshock.trainer.precision.scaling import Scaling, tensor_amax
+
+__all__ = [
+    "GEMM_DTYPE",
+    "Bf16Linear",
+    "Fp8Linear",
+    "GemmLinear",
+    "Scaling",
+    "gemm_linear",
+    "quantize",
+    "saturating_cast",
+    "tensor_amax",
+]

@@ -1,0 +1,224 @@
+"""Linear layers whose three GEMMs (fprop, dgrad, wgrad) run in low precision.
+
+A layer holds one weight matrix or, with lead = (E,), those of E models that train as one. No
+bias, and no GEMM outside linear layers: attention's two products stay with the block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from foreshock.monitor.operands import Operand
+from foreshock.trainer.config import PrecisionConfig
+from foreshock.trainer.precision.cast import GEMM_DTYPE, quantize
+from foreshock.trainer.precision.scaling import Scaling
+
+__all__ = ["Bf16Linear", "Fp8Linear", "GemmLinear", "gemm_linear"]
+
+ROLES: Final = ("input", "weight", "grad_output")
+
+
+def gemm_linear(
+    in_features: int,
+    out_features: int,
+    *,
+    precision: Sequence[PrecisionConfig],
+    lead: tuple[int, ...] = (),
+) -> GemmLinear:
+    """Make the linear layer that the recipes ask for.
+
+    Args:
+        in_features: Columns of one model's matrix.
+        out_features: Its rows.
+        precision: The recipe, or one per model of a stack; recipes of a stack may differ in all
+            but the FP8 formats.
+        lead: () for one model, (E,) for a stack.
+
+    Raises:
+        ValueError: The stack's recipes differ in their formats.
+    """
+    if all(p.backend == "bf16" for p in precision):
+        return Bf16Linear(in_features, out_features, lead=lead)
+    return Fp8Linear(in_features, out_features, precision=precision, lead=lead)
+
+
+class GemmLinear(nn.Module, ABC):
+    """y = x W^T with a high-precision master weight.
+
+    Attributes:
+        weight: float32 of shape (*lead, out_features, in_features).
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, lead: tuple[int, ...]) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.lead = in_features, out_features, lead
+        self.weight = nn.Parameter(torch.zeros(*lead, out_features, in_features))
+        self._input_gain: Tensor | None = None
+        # A pre-hook, so that a monitor's hooks see the input as the GEMM does.
+        self.register_forward_pre_hook(_apply_input_gain)
+
+    @abstractmethod
+    def operand(self, role: str) -> Operand:
+        """How the operand `role` (input, weight, grad_output) is cast in the current call."""
+
+    def set_input_gain(self, gain: Tensor | None) -> None:
+        """Multiply the input's features by it and the weight's columns by its inverse (a fault).
+
+        In exact arithmetic nothing changes; a cast of input and weight is all that suffers.
+
+        Args:
+            gain: Shape (*lead, in_features); None stops it.
+        """
+        self._input_gain = None if gain is None else gain.to(self.weight.device)
+
+    def _gemm_weight(self) -> Tensor:
+        gain = self._input_gain
+        return self.weight if gain is None else self.weight / gain[..., None, :]
+
+    def extra_repr(self) -> str:
+        """Sizes, for the audit that `print(model)` is."""
+        stack = f", stack={self.lead[0]}" if self.lead else ""
+        return f"{self.in_features}, {self.out_features}{stack}"
+
+
+def _apply_input_gain(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    assert isinstance(module, GemmLinear)
+    gain = module._input_gain
+    return None if gain is None else (args[0] * gain[..., None, None, :],)
+
+
+class Bf16Linear(GemmLinear):
+    """bfloat16 operands, float32 result: the reference that FP8 is compared with."""
+
+    def operand(self, role: str) -> Operand:
+        """Always bf16, unscaled."""
+        _check_role(role)
+        return Operand("bf16", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), float32."""
+        flat = x.reshape(*self.lead, -1, self.in_features).to(GEMM_DTYPE)
+        y = torch.matmul(flat, self._gemm_weight().to(GEMM_DTYPE).transpose(-1, -2))
+        return y.float().view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Sizes and recipe."""
+        return f"{super().extra_repr()}, bf16"
+
+
+class Fp8Linear(GemmLinear):
+    """FP8 operands in all three GEMMs: real float8 casts, GEMM on the values that they leave.
+
+    Input and weight are cast to the forward format, the output gradient to the gradient format,
+    each once per step with one scale per tensor. The GEMM multiplies the FP8 numbers exactly as
+    stored, and its bfloat16 result is divided by both scales, as FP8 hardware does it.
+
+    Attributes:
+        scaling: Scale state per role. In a stack of mixed recipes, models with the bf16 backend
+            have entries too, which mean nothing.
+    """
+
+    bf16_models: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        precision: Sequence[PrecisionConfig],
+        lead: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(in_features, out_features, lead=lead)
+        emulated = [p for p in precision if p.backend == "emulated"]
+        formats = {(p.forward_format, p.gradient_format) for p in emulated}
+        if len(formats) != 1:
+            raise ValueError(f"one stack holds one pair of FP8 formats, not {sorted(formats)}")
+        forward, gradient = formats.pop()
+        names = {"input": forward, "weight": forward, "grad_output": gradient}
+        self.scaling = nn.ModuleDict(
+            {role: Scaling(precision, lead=lead, fp8_format=names[role]) for role in ROLES}
+        )
+        unscaled = torch.tensor([p.backend == "bf16" for p in precision]).view(lead)
+        mixed = len(emulated) < len(precision)
+        self.register_buffer("bf16_models", unscaled if mixed else None, persistent=False)
+
+    def scaling_of(self, role: str) -> Scaling:
+        """Scale state of one operand: where scale faults act."""
+        _check_role(role)
+        scaling = self.scaling[role]
+        assert isinstance(scaling, Scaling)
+        return scaling
+
+    def operand(self, role: str) -> Operand:
+        """Format and scale in force.
+
+        After a forward: for input and weight the scales it used, for grad_output the one that the
+        backward to come will use (None under current scaling, where that tensor decides).
+        """
+        scaling = self.scaling_of(role)
+        scale = scaling.in_force() if role == "grad_output" else scaling.used
+        return Operand(scaling.fp8_format, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), float32."""
+        flat = x.reshape(*self.lead, -1, self.in_features)
+        y: Tensor = _QuantizedMatmul.apply(flat, self._gemm_weight(), self)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def cast_operand(self, role: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cast x as the operand `role`, and let the scale state see it while training.
+
+        Returns:
+            x times scale, cast, in `GEMM_DTYPE`; and 1 / scale, shape (*lead, 1, 1).
+        """
+        scaling = self.scaling_of(role)
+        scale = scaling.step(x, update=self.training)
+        codes, inverse = quantize(x, scale, scaling.fp8_format), scale.reciprocal()
+        if self.bf16_models is not None:
+            codes = torch.where(self.bf16_models[..., None, None], x.to(GEMM_DTYPE), codes)
+            inverse = inverse.masked_fill(self.bf16_models, 1.0)
+        return codes, inverse[..., None, None]
+
+    def extra_repr(self) -> str:
+        """Sizes and recipe; formats and scaling stand on the lines of the children."""
+        return f"{super().extra_repr()}, emulated fp8"
+
+
+class _QuantizedMatmul(torch.autograd.Function):
+    """x (*lead, N, in), weight (*lead, out, in) -> float32 (*lead, N, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Fp8Linear) -> Tensor:
+        x_codes, x_inverse = layer.cast_operand("input", x)
+        w_codes, w_inverse = layer.cast_operand("weight", weight)
+        ctx.save_for_backward(x_codes, w_codes, x_inverse, w_inverse)
+        ctx.layer = layer
+        return _rescaled(x_codes @ w_codes.transpose(-1, -2), x_inverse, w_inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_codes, w_codes, x_inverse, w_inverse = ctx.saved_tensors
+        g_codes, g_inverse = ctx.layer.cast_operand("grad_output", grad_output)
+        grad_x = _rescaled(g_codes @ w_codes, g_inverse, w_inverse)
+        grad_weight = _rescaled(g_codes.transpose(-1, -2) @ x_codes, g_inverse, x_inverse)
+        return grad_x, grad_weight, None
+
+
+def _rescaled(product: Tensor, inverse_a: Tensor, inverse_b: Tensor) -> Tensor:
+    # One after the other: the product of two inverse scales can leave float32's range.
+    result = product.float()
+    if inverse_a.dim() == 2:
+        return result.mul_(inverse_a).mul_(inverse_b)
+    return result.mul_(inverse_a * inverse_b)
+
+
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        raise ValueError(f"unknown role {role!r}; a linear layer has {', '.join(ROLES)}")

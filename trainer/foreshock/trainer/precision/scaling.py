@@ -1,0 +1,151 @@
+"""The scale of one GEMM operand: delayed (from an amax history) or current.
+
+One object serves one tensor or a stack of models, one scale each. It casts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from foreshock.monitor.formats import FORMATS
+from foreshock.trainer.config import PrecisionConfig
+
+__all__ = ["Scaling", "tensor_amax"]
+
+
+def tensor_amax(x: Tensor, lead: int) -> Tensor:
+    """Largest magnitude over all but the first `lead` axes, float32; NaN if there is a NaN."""
+    flat = x.reshape(*x.shape[:lead], -1)
+    # Two reductions without an intermediate beat abs() and one.
+    return torch.maximum(flat.amax(-1), -flat.amin(-1)).float()
+
+
+class Scaling(nn.Module):
+    """Scale state of one operand. All of it is in buffers, so that a checkpoint resumes exactly.
+
+    Delayed scaling follows Transformer Engine: scale = M / max(history) / 2^margin, renewed after
+    each use; a history whose maximum is zero or not finite keeps the previous scale. Current
+    scaling is M / amax of the tensor itself, 1 where amax is zero or not finite, without margin.
+
+    Args:
+        configs: One config per model of the stack, or a single one when lead is ().
+        lead: () for one model, (E,) for a stack.
+        fp8_format: e4m3 or e5m2.
+
+    Attributes:
+        scale: Next scale of delayed scaling, last one of current scaling; shape lead, float32.
+            While a fault holds a scale, the one of before the fault.
+        used: The scale of the latest cast, shape lead.
+        history: Latest amax values, newest first, shape (*lead, longest history).
+        valid: Which entries of history count, shape (*lead, longest history).
+    """
+
+    scale: Tensor
+    used: Tensor
+    history: Tensor
+    valid: Tensor
+    current: Tensor
+    gain: Tensor
+
+    def __init__(
+        self, configs: Sequence[PrecisionConfig], *, lead: tuple[int, ...], fp8_format: str
+    ) -> None:
+        super().__init__()
+        self.fp8_format = fp8_format
+        current = [c.scaling == "current" for c in configs]
+        lengths = [1 if c.scaling == "current" else c.history for c in configs]
+        self._any_current, self._all_current = any(current), all(current)
+        self.register_buffer("scale", torch.ones(lead))
+        self.register_buffer("used", torch.ones(lead))
+        self.register_buffer("history", torch.zeros(*lead, max(lengths)))
+        self.register_buffer("valid", torch.empty(*lead, max(lengths), dtype=torch.bool))
+        self.register_buffer("current", torch.tensor(current).view(lead), persistent=False)
+        # M / 2^margin, the numerator of a delayed scale.
+        margins = torch.tensor([float(2.0**-c.margin) for c in configs]).view(lead)
+        self._largest = FORMATS[fp8_format].largest
+        self.register_buffer("gain", self._largest * margins, persistent=False)
+        self.limit_history(torch.tensor(lengths).view(lead))
+        self._is_current = torch.tensor(current).view(lead)
+        self._fault_factor: Tensor | None = None
+        self._fault_hit: Tensor | None = None
+        self._known_ahead = not self._any_current
+
+    def limit_history(self, lengths: Tensor) -> None:
+        """Let only the newest entries of the amax history count.
+
+        Args:
+            lengths: Number of entries, int64 of shape lead, at most the history's length.
+        """
+        positions = torch.arange(self.history.shape[-1], device=self.history.device)
+        self.valid = positions < lengths.to(self.history.device).unsqueeze(-1)
+
+    def break_scale(self, factor: Tensor | None) -> None:
+        """Let scales no longer follow the amax (a fault), until called again.
+
+        Args:
+            factor: float32 of shape lead: what the scale of before the fault is multiplied by, NaN
+                for models that are whole; None mends all.
+        """
+        hit = torch.zeros((), dtype=torch.bool) if factor is None else ~factor.isnan()
+        # Decided here, so that `in_force` never waits for a device.
+        self._known_ahead = bool((~self._is_current | hit.cpu()).all())
+        self._fault_factor = None if factor is None else factor.to(self.scale.device)
+        self._fault_hit = None if factor is None else hit.to(self.scale.device)
+
+    def in_force(self) -> Tensor | None:
+        """The scale that the next cast will use, shape lead; None if its tensor decides."""
+        return self._broken(self.scale) if self._known_ahead else None
+
+    def step(self, x: Tensor, *, update: bool) -> Tensor:
+        """The scale for x; afterwards the state has seen x.
+
+        Args:
+            x: Tensor about to be cast, shape (*lead, ...).
+            update: False leaves the state as it is (evaluation).
+
+        Returns:
+            Scale in force for x, float32 of shape lead.
+        """
+        amax = tensor_amax(x, self.scale.dim())
+        scale = self.scale
+        if self._any_current:
+            own = _scale_of(amax, torch.full_like(self.gain, self._largest), torch.ones_like(amax))
+            scale = own if self._all_current else torch.where(self.current, own, scale)
+        scale = self._broken(scale)
+        self.used = scale
+        if update:
+            self._advance(amax, scale)
+        return scale
+
+    def _broken(self, scale: Tensor) -> Tensor:
+        if self._fault_hit is None or self._fault_factor is None:
+            return scale
+        return torch.where(self._fault_hit, self.scale * self._fault_factor, scale)
+
+    def _advance(self, amax: Tensor, scale: Tensor) -> None:
+        following = scale
+        if not self._all_current:
+            shifted = torch.cat((amax.unsqueeze(-1), self.history[..., :-1]), -1)
+            self.history = shifted.masked_fill(~self.valid, 0.0)
+            following = _scale_of(self.history.amax(-1), self.gain, self.scale)
+            if self._any_current:
+                following = torch.where(self.current, scale, following)
+        if self._fault_hit is not None:
+            following = torch.where(self._fault_hit, self.scale, following)
+        self.scale = following
+
+    def extra_repr(self) -> str:
+        """Format and recipe, for the audit that `print(model)` is."""
+        recipe = "current" if self._all_current else f"delayed, history={self.history.shape[-1]}"
+        mixed = " (mixed with current)" if self._any_current and not self._all_current else ""
+        return f"{self.fp8_format}, {recipe}{mixed}"
+
+
+def _scale_of(amax: Tensor, numerator: Tensor, otherwise: Tensor) -> Tensor:
+    """The quotient numerator / amax; `otherwise` where amax is zero or not finite."""
+    usable = (amax > 0) & amax.isfinite()
+    largest = torch.finfo(torch.float32).max
+    return torch.where(usable, (numerator / amax).clamp(max=largest), otherwise)

@@ -154,9 +154,8 @@ def _measured(scalars: Mapping[str, Any], name: str) -> tuple[FloatArray, FloatA
     value = scalars.get(name)
     if value is None:
         return np.array(np.nan), np.array(np.nan)
-    masked = np.ma.asarray(value, dtype=np.float64)
-    mask = np.ma.getmaskarray(masked)
-    data = np.asarray(masked.data, dtype=np.float64)
+    data = np.array(np.ma.getdata(value), dtype=np.float64)
+    mask = np.ma.getmaskarray(value) if isinstance(value, np.ma.MaskedArray) else False
     finite = np.isfinite(data)
     flag = np.where(mask, np.nan, np.where(finite, 0.0, 1.0))
     return np.where(finite & ~mask, data, np.nan), flag
@@ -179,8 +178,16 @@ def _column(
     values = statistics.get(name)
     if values is None:
         return None
-    filled = np.ma.filled(np.ma.asarray(values, dtype=np.float64), np.nan)
-    return np.asarray(filled, dtype=np.float64)[..., rows]
+    return _filled(values)[..., rows]
+
+
+def _filled(values: Any) -> FloatArray:
+    """Float64 with NaN where masked; np.ma's own functions cost ten times as much."""
+    data = np.array(np.ma.getdata(values), dtype=np.float64)
+    mask = np.ma.getmask(values)
+    if mask is not np.ma.nomask:
+        data[mask] = np.nan
+    return data
 
 
 def _tensor_signals(

@@ -64,8 +64,8 @@ class Injector:
             if any(factor is not None for factor in factors):
                 values = torch.tensor([_WHOLE if f is None else f for f in factors])
                 layer.scaling_of(role).break_scale(values.view(self._lead))
-        for name, layer in self._outlying:
-            self._grow_outlier(name, layer, step)
+        for name, linear in self._outlying:
+            self._grow_outlier(name, linear, step)
 
     def _grow_outlier(self, name: str, layer: GemmLinear, step: int) -> None:
         gain = torch.ones(len(self._configs), layer.in_features)

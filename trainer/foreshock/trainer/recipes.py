@@ -6,6 +6,7 @@ model shape, no seed and no fault: `is_demo` tells them apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Literal, TypeVar
 
@@ -21,7 +22,17 @@ from foreshock.trainer.config import (
 )
 from foreshock.trainer.faults import BadBatch, Fault, LearningRateRamp, OutlierRamp, ScaleFault
 
-__all__ = ["corpus", "debug_cpu", "demo", "fog_cpu", "is_demo", "llama_cpu"]
+__all__ = [
+    "RECIPES",
+    "corpus",
+    "debug_cpu",
+    "demo",
+    "demo_failing",
+    "demo_healthy",
+    "fog_cpu",
+    "is_demo",
+    "llama_cpu",
+]
 
 _DEMO_MODEL: Final = ModelConfig(architecture="llama3", width=64, layers=4, heads=4)
 _DEMO_DATA: Final = DataConfig(sequence_length=64, batch_size=8)
@@ -29,7 +40,7 @@ _DEMO_SEEDS: Final = 1 << 40
 """Seeds of demonstrations stand at and above this one, those of the corpus below it."""
 
 
-def debug_cpu() -> RunConfig:
+def debug_cpu(seed: int = 0) -> RunConfig:
     """Seconds on any machine: does everything still fit together?"""
     return RunConfig(
         name="debug-cpu",
@@ -37,21 +48,23 @@ def debug_cpu() -> RunConfig:
         data=DataConfig(sequence_length=32, batch_size=4),
         schedule=ScheduleConfig(warmup_steps=5),
         steps=20,
+        seed=seed,
         tensor_every=2,
     )
 
 
-def llama_cpu() -> RunConfig:
+def llama_cpu(seed: int = 0) -> RunConfig:
     """Llama 3 blocks with every linear in emulated FP8, delayed scaling; a minute on two cores."""
-    return RunConfig(name="llama-cpu", schedule=ScheduleConfig(decay_share=0.2))
+    return RunConfig(name="llama-cpu", schedule=ScheduleConfig(decay_share=0.2), seed=seed)
 
 
-def fog_cpu() -> RunConfig:
+def fog_cpu(seed: int = 0) -> RunConfig:
     """FOG-max blocks in the same format, data and length as `llama_cpu`."""
     return RunConfig(
         name="fog-cpu",
         model=ModelConfig(architecture="fog_max"),
         schedule=ScheduleConfig(decay_share=0.2),
+        seed=seed,
     )
 
 
@@ -74,6 +87,16 @@ def demo(seed: int) -> tuple[RunConfig, RunConfig]:
     return failing, _demo_run(f"demo-{seed}-twin", seed, None)
 
 
+def demo_failing(seed: int = 0) -> RunConfig:
+    """The failing run of `demo`: its learning rate runs away from a step that the seed draws."""
+    return demo(seed)[0]
+
+
+def demo_healthy(seed: int = 0) -> RunConfig:
+    """The healthy twin of `demo_failing`."""
+    return demo(seed)[1]
+
+
 def _demo_run(name: str, seed: int, fault: LearningRateRamp | None) -> RunConfig:
     return RunConfig(
         name=name,
@@ -92,6 +115,16 @@ def _demo_run(name: str, seed: int, fault: LearningRateRamp | None) -> RunConfig
 def is_demo(config: RunConfig) -> bool:
     """Whether a run is one of the demonstration's, or too near to one to be fitted on."""
     return config.model == _DEMO_MODEL or config.seed >= _DEMO_SEEDS
+
+
+RECIPES: Final[dict[str, Callable[[int], RunConfig]]] = {
+    "debug_cpu": debug_cpu,
+    "llama_cpu": llama_cpu,
+    "fog_cpu": fog_cpu,
+    "demo_failing": demo_failing,
+    "demo_healthy": demo_healthy,
+}
+"""What `foreshock train` knows by name; each takes a seed."""
 
 
 T = TypeVar("T")

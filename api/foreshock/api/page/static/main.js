@@ -1,0 +1,255 @@
+// Puts the page together: which run is shown, when what is fetched again, and what to say when nothing is there.
+
+import { Failed, Gone, Refused, Stream, Unknown, post } from "./api.js";
+import { clear, drawHeat, drawLoss, drawRisk } from "./charts.js";
+import { $, contentOr, el, show } from "./dom.js";
+import * as panels from "./panels.js";
+import * as wire from "./wire.js";
+
+const RUNS_EVERY = 2000; // ms between looks at the list of runs
+const FAST_EVERY = 1000; // ms at least between refreshes of risk and loss
+const SLOW_EVERY = 3000; // ms at least between refreshes of heatmap, diagnosis and alerts
+
+const page = {
+  runs: [], run: null, risk: null, stream: null, alarms: [], generation: 0,
+  due: { fast: false, slow: false }, busy: { fast: false, slow: false }, last: { fast: 0, slow: 0 },
+};
+
+const query = () => new URLSearchParams(location.search);
+
+// ---- what the page says about itself
+
+function connection(kind, text) {
+  $("link").className = `link ${kind}`;
+  $("link-text").textContent = text;
+}
+
+function reachable() {
+  show("banner", false);
+  connection("live", "live");
+}
+
+/** One place decides what a failed call means for the whole page. */
+function failed(error) {
+  if (error instanceof Gone) {
+    $("banner").textContent = "The service does not answer. What you see is the last known state; this page tries again by itself.";
+    show("banner", true);
+    connection("lost", "no connection");
+  } else if (error instanceof Refused) {
+    signIn();
+  } else if (error instanceof Failed) {
+    $("banner").textContent = `The service could not answer: ${error.message}`;
+    show("banner", true);
+  } else if (!(error instanceof Unknown)) {
+    throw error;
+  }
+}
+
+function signIn() {
+  leave();
+  page.runs = [];
+  panels.runList([], null, choose);
+  show("runs-empty", false);
+  for (const id of ["view", "message"]) show(id, false);
+  show("signin", true);
+  connection("", "signed out");
+}
+
+function message(title, text) {
+  for (const id of ["view", "signin"]) show(id, false);
+  $("message-title").textContent = title;
+  $("message-text").textContent = text;
+  show("message", true);
+}
+
+// ---- the list of runs
+
+async function refreshRuns() {
+  try {
+    page.runs = await wire.runs();
+    show("signin", false);
+    reachable();
+  } catch (error) {
+    failed(error);
+    return;
+  }
+  const wanted = query().get("run");
+  if (!page.run && !wanted && page.runs.length) open(page.runs[0]);
+  else if (wanted && (!page.run || page.run.gone)) follow(wanted);
+  else if (page.run) update();
+  if (!wanted && !page.runs.length) message("No runs yet", "As soon as a training run reports, it is shown here.");
+  panels.runList(page.runs, page.run?.key, choose);
+}
+
+function find(name) {
+  const project = query().get("project");
+  return page.runs.find((run) => run.name === name && (!project || run.project === project));
+}
+
+function follow(name) {
+  const run = find(name);
+  if (run) open(run);
+  else message(`No run called ${name}`, "It was deleted, or it has not reported yet. If it reports, it is shown here by itself.");
+}
+
+/** The chosen run as the fresh list has it. */
+function update() {
+  const run = page.runs.find((each) => each.key === page.run.key);
+  if (!run) {
+    const { name } = page.run;
+    leave();
+    page.run = { gone: true };
+    message(`The run ${name} is gone`, "It was deleted on the service. Choose another run from the list.");
+    return;
+  }
+  const moved = run.lastStep !== page.run.lastStep || run.state !== page.run.state;
+  page.run = run;
+  panels.heading(run, page.risk);
+  if (moved) mark();
+}
+
+function choose(run) {
+  history.pushState(null, "", run.href);
+  open(run);
+  panels.runList(page.runs, run.key, choose);
+}
+
+function leave() {
+  page.stream?.close();
+  page.stream = null;
+  page.run = null;
+  page.risk = null;
+  page.generation += 1;
+}
+
+function open(run) {
+  leave();
+  clear();
+  page.run = run;
+  page.alarms = [];
+  document.title = `${run.name} · foreshock`;
+  for (const id of ["message", "signin"]) show(id, false);
+  show("view", true);
+  panels.heading(run, null);
+  panels.tiles(null);
+  page.last = { fast: 0, slow: 0 };
+  page.busy = { fast: false, slow: false };
+  page.stream = new Stream(wire.eventsPath(run), mark, (up) => up && reachable());
+  mark();
+}
+
+// ---- the chosen run
+
+const mark = () => {
+  page.due = { fast: true, slow: true };
+};
+
+/** Fetches again what is due, never twice at a time and never for a run no longer shown. */
+async function turn(kind, every, work) {
+  const now = performance.now();
+  if (!page.run || page.run.gone || !page.due[kind] || page.busy[kind] || now - page.last[kind] < every || document.hidden) return;
+  const { generation, run } = page;
+  page.due[kind] = false;
+  page.busy[kind] = true;
+  page.last[kind] = now;
+  try {
+    await work(run, () => generation === page.generation);
+  } catch (error) {
+    if (generation === page.generation) {
+      if (error instanceof Gone) page.due[kind] = true;
+      failed(error);
+    }
+  } finally {
+    if (generation === page.generation) page.busy[kind] = false;
+  }
+}
+
+async function fast(run, current) {
+  const [risk, history, loss] = await Promise.all([wire.risk(run), wire.history(run), wire.loss(run)]);
+  if (!current()) return;
+  page.risk = risk;
+  page.alarms = history.alarms;
+  panels.heading(page.run, risk);
+  panels.tiles(risk);
+  panels.reasons(risk);
+  panels.drivers(risk);
+  const horizons = Object.keys(history.probability).filter((h) => history.probability[h].some((p) => p !== null));
+  // The middle horizon is the one to act on; where it has no answer, the longest that has one.
+  const horizon = horizons.includes("100") ? "100" : horizons.at(-1);
+  const shown = { key: run.key, alarms: page.alarms, risk: history.step.length ? history : null };
+  contentOr("loss", loss.step.length ? null : "This run has not reported a loss.");
+  if (loss.step.length) drawLoss({ ...shown, loss, horizon, log: $("log").checked });
+  contentOr("risk", horizons.length ? null : "No forecast yet: it starts after the first records.");
+  if (horizons.length) drawRisk({ ...shown, horizons });
+  page.drawn = { ...shown, loss, horizon };
+}
+
+async function slow(run, current) {
+  const [causes, alerts, heat] = await Promise.all([wire.diagnosis(run), wire.alerts(run), wire.heat(run, $("statistic").value, $("role").value)]);
+  if (!current()) return;
+  panels.diagnosis(causes, page.risk?.state ?? run.state);
+  panels.alerts(alerts, judge);
+  const statistic = $("statistic").value;
+  const some = heat.values.some((row) => row.some((value) => value !== null));
+  contentOr("heat", some ? null : `No ${statistic} of ${$("role").value} recorded in this run.`);
+  if (some) drawHeat({ key: run.key, heat, statistic, role: $("role").value, alarms: page.alarms });
+}
+
+async function judge(alert, verdict) {
+  try {
+    await post(`/api/v1/alerts/${encodeURIComponent(alert.id)}/feedback`, wire.feedback(verdict));
+  } catch (error) {
+    failed(error);
+  }
+  page.due.slow = true;
+}
+
+// ---- controls
+
+function fill(id, values, preferred) {
+  const wanted = query().get(id) ?? preferred;
+  $(id).replaceChildren(...values.map((value) => el("option", { value, selected: value === wanted }, value.replaceAll("_", " "))));
+  $(id).onchange = () => {
+    const next = query();
+    next.set(id, $(id).value);
+    history.replaceState(null, "", `?${next}`);
+    Object.assign(page.due, { slow: true });
+    page.last.slow = 0;
+  };
+}
+
+function controls() {
+  fill("statistic", wire.STATISTICS, "kurtosis");
+  fill("role", wire.ROLES, "input");
+  $("log").onchange = () => page.drawn && drawLoss({ ...page.drawn, log: $("log").checked });
+  $("signin-form").onsubmit = async (event) => {
+    event.preventDefault();
+    $("signin-error").textContent = "";
+    try {
+      await post("/login", { token: $("token").value });
+      $("signin-form").reset();
+      await refreshRuns();
+    } catch (error) {
+      $("signin-error").textContent = error instanceof Gone ? "The service does not answer." : error.message;
+    }
+  };
+  addEventListener("popstate", () => {
+    const run = find(query().get("run")) ?? page.runs[0];
+    if (run) open(run);
+    panels.runList(page.runs, page.run?.key, choose);
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", mark);
+  document.addEventListener("visibilitychange", () => !document.hidden && mark());
+}
+
+async function everyTwoSeconds() {
+  if (!document.hidden) await refreshRuns();
+  setTimeout(everyTwoSeconds, RUNS_EVERY);
+}
+
+controls();
+everyTwoSeconds();
+setInterval(() => {
+  turn("fast", FAST_EVERY, fast);
+  turn("slow", SLOW_EVERY, slow);
+}, 200);

@@ -4,6 +4,7 @@ Knows neither blocks nor the training loop; a loop sets faults on the layers, st
 """
 
 from foreshock.trainer.precision.cast import GEMM_DTYPE, quantize, saturating_cast
+from foreshock.trainer.precision.layer_faults import LayerFaults
 from foreshock.trainer.precision.linear import (
     Bf16Linear,
     Fp8Linear,
@@ -17,6 +18,7 @@ __all__ = [
     "Bf16Linear",
     "Fp8Linear",
     "GemmLinear",
+    "LayerFaults",
     "Scaling",
     "gemm_linear",
     "quantize",

@@ -36,6 +36,7 @@ class Scaling(nn.Module):
         fp8_format: e4m3 or e5m2.
 
     Attributes:
+        configured_history: Length of the amax history of each model.
         scale: Next scale of delayed scaling, last one of current scaling; shape lead, float32.
             While a fault holds a scale, the one of before the fault.
         used: The scale of the latest cast, shape lead.
@@ -57,6 +58,7 @@ class Scaling(nn.Module):
         self.fp8_format = fp8_format
         current = [c.scaling == "current" for c in configs]
         lengths = [1 if c.scaling == "current" else c.history for c in configs]
+        self.configured_history = tuple(lengths)
         self._any_current, self._all_current = any(current), all(current)
         self.register_buffer("scale", torch.ones(lead))
         self.register_buffer("used", torch.ones(lead))

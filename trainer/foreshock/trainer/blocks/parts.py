@@ -1,0 +1,113 @@
+"""What blocks are made of: linear layers, norms, rotary positions, causal attention.
+
+Shape letters: lead = () for one model or (E,) for a stack of E models, B sequences, T tokens,
+D residual width, H heads, K head width. Activations between GEMMs are float32. Attention's two
+products run in float32, not in FP8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from foreshock.trainer.config import PrecisionConfig
+from foreshock.trainer.precision import GemmLinear, gemm_linear
+
+__all__ = ["Attention", "Parts", "RMSNorm", "rotary_angles", "unit_rms"]
+
+NORM_EPS = 1e-5
+ROTARY_BASE = 500_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Makes the parts of a block for one model or for a stack.
+
+    Attributes:
+        precision: Recipe of the GEMMs, one per model of the stack.
+        lead: () or (E,).
+    """
+
+    precision: tuple[PrecisionConfig, ...]
+    lead: tuple[int, ...] = ()
+
+    def linear(self, in_features: int, out_features: int) -> GemmLinear:
+        """A linear layer without bias, its weight not yet initialised."""
+        return gemm_linear(in_features, out_features, precision=self.precision, lead=self.lead)
+
+    def norm(self, width: int, initial_gain: float = 1.0) -> RMSNorm:
+        """An RMSNorm with a learnable gain per feature."""
+        return RMSNorm(width, lead=self.lead, initial_gain=initial_gain)
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """Z / sqrt(mean(z^2) + 1e-5) over the last axis, without a gain."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS)
+
+
+class RMSNorm(nn.Module):
+    """g z / sqrt(mean(z^2) + 1e-5) over features; g of shape (*lead, D) is learnable."""
+
+    def __init__(self, width: int, *, lead: tuple[int, ...], initial_gain: float) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((*lead, width), initial_gain))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (*lead, B, T, D), kept."""
+        return unit_rms(x) * self.gain[..., None, None, :]
+
+
+def rotary_angles(length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions, base 500,000 (Llama 3), each (T, K/2), float32.
+
+    Llama 3.1's stretching of low frequencies for long contexts is left out: sequences here are
+    short.
+    """
+    exponents = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
+    positions = torch.arange(length, device=device, dtype=torch.float32)
+    angles = positions[:, None] * ROTARY_BASE**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions: pairs (x_i, x_{i + K/2}) turned by their angle; x (..., T, K)."""
+    cos, sin = angles
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over all heads, without bias.
+
+    Args:
+        parts: Makes the two linear layers, `qkv` and `out`.
+        width: D.
+        heads: H.
+        scale: Factor of q k^T before the softmax.
+        normalise_heads: Divide q and k by their RMS per head before the rotation, without a gain.
+    """
+
+    def __init__(
+        self, parts: Parts, *, width: int, heads: int, scale: float, normalise_heads: bool
+    ) -> None:
+        super().__init__()
+        self.heads, self.scale, self.normalise_heads = heads, scale, normalise_heads
+        self.qkv = parts.linear(width, 3 * width)
+        self.out = parts.linear(width, width)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Shape (*lead, B, T, D), kept."""
+        tokens, width = x.shape[-2:]
+        # (lead B, 3, H, T, K): the stack folds into the batch.
+        qkv = self.qkv(x).view(-1, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.normalise_heads:
+            q, k = unit_rms(q), unit_rms(k)
+        mixed = functional.scaled_dot_product_attention(
+            rotate(q, angles), rotate(k, angles), v, is_causal=True, scale=self.scale
+        )
+        y: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return y

@@ -82,9 +82,10 @@ def demo(seed: int) -> tuple[RunConfig, RunConfig]:
     random = np.random.Generator(np.random.Philox(key=[seed, _DEMO_SEEDS]))
     # Odd: the corpus starts its faults at even steps, so that no fault instance is in both.
     start = 2 * int(random.integers(100, 160)) + 1
-    factor = round(float(random.uniform(1.02, 1.05)), 4)
-    failing = _demo_run(f"demo-{seed}", seed, LearningRateRamp(start=start, factor=factor))
-    return failing, _demo_run(f"demo-{seed}-twin", seed, None)
+    factor = round(float(random.uniform(1.025, 1.05)), 4)
+    # Unbounded, the loss would end in the hundreds of thousands and its chart show nothing else.
+    ramp = LearningRateRamp(start=start, factor=factor, limit=300.0)
+    return _demo_run(f"demo-{seed}", seed, ramp), _demo_run(f"demo-{seed}-twin", seed, None)
 
 
 def demo_failing(seed: int = 0) -> RunConfig:

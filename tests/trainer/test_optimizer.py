@@ -1,0 +1,52 @@
+"""Parameter groups, and clipping that tells the norm before it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from foreshock.trainer.config import OptimizerConfig
+from foreshock.trainer.optimizer import clip_gradients, make_optimizer, set_learning_rate
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+
+
+def test_gains_and_biases_do_not_decay() -> None:
+    model = _model()
+    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert {n: decays[id(p)] for n, p in model.named_parameters()} == {
+        "0.weight": 0.3,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+    }
+
+
+def test_settings_reach_the_optimizer() -> None:
+    config = OptimizerConfig(learning_rate=0.5, beta1=0.8, beta2=0.7, eps=1e-6)
+    optimizer = make_optimizer(_model(), config)
+    assert optimizer.defaults["betas"] == (0.8, 0.7)
+    assert optimizer.defaults["eps"] == 1e-6
+    set_learning_rate(optimizer, 0.25)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.25}
+
+
+@pytest.mark.parametrize(("limit", "after"), [(2.0, 2.0), (10.0, 5.0), (None, 5.0)])
+def test_clipping_returns_the_norm_before_it(limit: float | None, after: float) -> None:
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert float(clip_gradients(model, limit)) == pytest.approx(5.0)
+    assert float(model.weight.grad.norm()) == pytest.approx(after, rel=1e-4)
+
+
+def test_a_nonfinite_gradient_shows_in_the_norm() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[math.nan, 4.0]])
+    assert math.isnan(float(clip_gradients(model, 1.0)))

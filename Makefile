@@ -49,7 +49,7 @@ gpu-bench:
 	PYTHONPATH=monitor:trainer:api $(PYTHON) benchmarks/monitor_overhead.py --device cuda
 
 dashboards: setup-dev
-	$(BIN)/python dashboards/build.py
+	$(BIN)/python -m dashboards.build
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis foreshock-spool

@@ -1,4 +1,4 @@
-"""The page's files, ready to send: our own HTML, CSS and modules, and Plotly's script from its package.
+"""The page's files, ready to send: own HTML, CSS and modules, and Plotly's script from its package.
 
 Knows no HTTP framework and computes nothing about runs; the page itself reads the public API.
 """

@@ -1,0 +1,87 @@
+"""Writes every dashboard, rule and configuration file below `dashboards/`; their only source.
+
+Run `make dashboards` after a change and commit what it writes; a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from dashboards.rule_tests import rule_tests
+from dashboards.rules import SCRAPE_INTERVAL, alertmanager_config, prometheus_config, rules
+from dashboards.run_dashboard import PanelQuery, panel_queries, run_dashboard
+
+__all__ = ["PanelQuery", "files", "panel_queries", "run_dashboard", "write"]
+
+FOLDER: Final = Path(__file__).resolve().parent
+_NOTE: Final = "# Written by `make dashboards`; change dashboards/*.py, not this file.\n"
+
+
+def files() -> Mapping[str, str]:
+    """Path below `dashboards/` and text of every file."""
+    return {
+        "grafana/dashboards/foreshock-run.json": json.dumps(run_dashboard(), indent=2) + "\n",
+        "grafana/provisioning/dashboards/foreshock.yaml": _yaml(_dashboard_provider()),
+        "grafana/provisioning/datasources/foreshock.yaml": _yaml(_datasources()),
+        "prometheus/prometheus.yml": _yaml(prometheus_config()),
+        "prometheus/rules/foreshock.yml": _yaml(rules()),
+        "prometheus/tests/foreshock.yml": _yaml(rule_tests()),
+        "alertmanager/alertmanager.yml": _yaml(alertmanager_config()),
+    }
+
+
+def write(folder: Path = FOLDER) -> list[Path]:
+    """Write all files below `folder` and say which."""
+    written = []
+    for name, text in files().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def _dashboard_provider() -> dict[str, Any]:
+    provider = {
+        "name": "foreshock",
+        "type": "file",
+        "folder": "foreshock",
+        "allowUiUpdates": False,
+        "updateIntervalSeconds": 30,
+        "options": {"path": "/var/lib/grafana/dashboards"},
+    }
+    return {"apiVersion": 1, "providers": [provider]}
+
+
+def _datasources() -> dict[str, Any]:
+    ours = {
+        "name": "Prometheus",
+        "uid": "foreshock-prometheus",
+        "type": "prometheus",
+        "access": "proxy",
+        "url": "http://prometheus:9090",
+        "isDefault": True,
+        "jsonData": {"httpMethod": "POST", "timeInterval": SCRAPE_INTERVAL},
+    }
+    alertmanager = {
+        "name": "Alertmanager",
+        "uid": "foreshock-alertmanager",
+        "type": "alertmanager",
+        "access": "proxy",
+        "url": "http://alertmanager:9093",
+        "jsonData": {"implementation": "prometheus"},
+    }
+    return {"apiVersion": 1, "prune": True, "datasources": [ours, alertmanager]}
+
+
+def _yaml(document: Mapping[str, Any]) -> str:
+    return _NOTE + yaml.safe_dump(document, sort_keys=False, width=100, allow_unicode=True)
+
+
+if __name__ == "__main__":
+    for path in write():
+        print(path.relative_to(FOLDER.parent))

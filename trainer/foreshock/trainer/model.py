@@ -114,5 +114,5 @@ class Decoder(nn.Module):
         if self.lead:
             models = torch.arange(self.lead[0], device=tokens.device)
             tokens = tokens + self.config.vocabulary * models[:, None, None]
-        x = functional.embedding(tokens, self.embedding.view(-1, self.config.width))
+        x = functional.embedding(tokens, self.embedding.reshape(-1, self.config.width))
         return x * self._multiplier if self._multiplier != 1.0 else x

@@ -112,15 +112,22 @@ class Scaling(nn.Module):
             Scale in force for x, float32 of shape lead.
         """
         amax = tensor_amax(x, self.scale.dim())
-        scale = self.scale
-        if self._any_current:
-            own = _scale_of(amax, torch.full_like(self.gain, self._largest), torch.ones_like(amax))
-            scale = own if self._all_current else torch.where(self.current, own, scale)
-        scale = self._broken(scale)
+        scale = self._scale_for(amax)
         self.used = scale
         if update:
             self._advance(amax, scale)
         return scale
+
+    def peek(self, x: Tensor) -> Tensor:
+        """The scale that `step` would give for x, without a trace."""
+        return self._scale_for(tensor_amax(x, self.scale.dim()))
+
+    def _scale_for(self, amax: Tensor) -> Tensor:
+        scale = self.scale
+        if self._any_current:
+            own = _scale_of(amax, torch.full_like(self.gain, self._largest), torch.ones_like(amax))
+            scale = own if self._all_current else torch.where(self.current, own, scale)
+        return self._broken(scale)
 
     def _broken(self, scale: Tensor) -> Tensor:
         if self._fault_hit is None or self._fault_factor is None:

@@ -12,7 +12,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Kind", "LossEvent", "RunLabel", "label_run"]
+__all__ = ["HISTORY", "WINDOW", "Kind", "LossEvent", "RunLabel", "band_of", "label_run"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
@@ -311,6 +311,21 @@ def _band(loss: FloatArray, start: float, median5: FloatArray) -> _Band:
     floor = np.maximum(0.03 * np.abs(middle), 0.03 * np.maximum(progress, 0.0))
     rise = np.fmax(np.maximum(SIGMAS * sigma, floor), 2 * q90)
     return _Band(middle, sigma, rise)
+
+
+def band_of(window: FloatArray, progress: float) -> tuple[float, float, float]:
+    """The band after a trailing window of losses.
+
+    Args:
+        window: (points,), at least `HISTORY`, the latest last.
+        progress: Loss at the start less the best so far.
+
+    Returns:
+        Level, noise sigma, and the rise above the level that counts as an excursion.
+    """
+    middle, sigma, q90 = (float(v[0]) for v in _window_statistics(window[None]))
+    floor = 0.03 * max(abs(middle), progress)
+    return middle, sigma, max(SIGMAS * sigma, floor, 2 * q90)
 
 
 def _window_statistics(rows: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:

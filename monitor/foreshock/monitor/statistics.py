@@ -203,7 +203,9 @@ class _Measurement:
             magnitude = self._magnitude(chunk).nan_to_num_(0.0, 0.0, 0.0)
             torch.amax(magnitude, (1, 2), out=self.amax[chunk])
         amax = self.amax.view(plan.models, -1).amax(1)
-        current = (self.format.largest / amax).clamp_max(torch.finfo(torch.float32).max)
+        # `number / tensor` is a reciprocal and a product in torch: two roundings.
+        current = torch.full_like(amax, self.format.largest).div_(amax)
+        current.clamp_max_(torch.finfo(torch.float32).max)
         return torch.where(amax > 0, current, 1.0)
 
     def _magnitude(self, chunk: slice) -> torch.Tensor:

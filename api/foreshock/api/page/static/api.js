@@ -57,7 +57,7 @@ export class Stream {
       this.onState(true);
     };
     const heard = (event) => this.onEvent(event);
-    for (const name of ["message", "risk", "alert", "records", "step", "state", "run"]) this.source.addEventListener(name, heard);
+    for (const name of ["step", "risk", "alert", "reset"]) this.source.addEventListener(name, heard);
     this.source.onerror = () => this.retry();
   }
 

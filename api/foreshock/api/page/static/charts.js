@@ -115,10 +115,10 @@ export function drawHeat(view) {
     colorbar: { title: { text: `${log ? "log10 " : ""}${escape(statistic).replaceAll("_", " ")}`, side: "right" }, thickness: 10, outlinewidth: 0, xpad: 6 },
   };
   const rows = heat.layers.length;
-  $("heat").style.height = `${Math.min(760, Math.max(240, 96 + 20 * rows))}px`;
+  $("heat").style.minHeight = `${Math.min(760, Math.max(240, 96 + 20 * rows))}px`;
   const figure = layout(`${view.key}|${statistic}|${view.role}`, {
     yaxis: { autorange: "reversed", type: "category", showgrid: false, ticks: "", tickfont: { size: 11 } },
-    xaxis: { showgrid: false, nticks: 6, tickangle: 0 }, hovermode: "closest", shapes: alarmShapes(alarms, "#ffffff"), margin: { l: 60, r: 10, t: 10, b: 36 },
+    xaxis: { showgrid: false, nticks: 6, tickangle: 0 }, hovermode: "closest", shapes: alarmShapes(alarms, "#ffffff"), margin: { l: 60, r: 10, t: 30, b: 36 },
   });
   return Plotly.react($("heat"), [trace], figure, OPTIONS);
 }

@@ -192,7 +192,7 @@ async function slow(run, current) {
   const statistic = $("statistic").value;
   const some = heat.values.some((row) => row.some((value) => value !== null));
   contentOr("heat", some ? null : `No ${statistic} of ${$("role").value} recorded in this run.`);
-  if (some) drawHeat({ key: run.key, heat, statistic, role: $("role").value, alarms: page.alarms });
+  if (some) drawHeat({ key: run.key, heat, statistic, role: $("role").value, alarms: wire.alarms(alerts) });
 }
 
 async function judge(alert, verdict) {

@@ -94,22 +94,30 @@ export function drivers(risk) {
   }));
 }
 
+function causeRows(cause) {
+  const where = [cause.role, cause.statistic].filter(Boolean).join(" · ");
+  return [
+    cause.layers?.length ? ["layers", cause.layers.map((layer) => el("code", { class: "chip" }, layer))] : null,
+    where ? ["seen in", [where]] : null,
+    cause.since_step === null || cause.since_step === undefined ? null : ["since", [`step ${grouped(cause.since_step)}`]],
+    cause.evidence ? ["evidence", [cause.evidence]] : null,
+    cause.remedy ? ["remedy", [cause.remedy]] : null,
+    cause.source ? ["source", [cause.source]] : null,
+  ].filter(Boolean);
+}
+
+/** The likeliest cause in full, the others to open; what a reader has opened stays open. */
 export function diagnosis(causes, state) {
   const none = state === "ok" ? "Nothing to diagnose while the run is quiet." : "No cause stands out yet.";
   contentOr("causes", causes.length ? null : none);
-  $("causes").replaceChildren(...causes.map((cause) => {
-    const where = [cause.role, cause.statistic].filter(Boolean).join(" · ");
-    const rows = [
-      cause.layers?.length ? ["layers", cause.layers.map((layer) => el("code", { class: "chip" }, layer))] : null,
-      where ? ["seen in", [where]] : null,
-      cause.since_step === null || cause.since_step === undefined ? null : ["since", [`step ${grouped(cause.since_step)}`]],
-      cause.evidence ? ["evidence", [cause.evidence]] : null,
-      cause.remedy ? ["remedy", [cause.remedy]] : null,
-      cause.source ? ["source", [cause.source]] : null,
-    ].filter(Boolean);
-    return el("li", {},
-      el("div", { class: "row" }, el("h3", {}, CAUSES[cause.name] ?? cause.name), el("span", { class: "share" }, percent(cause.probability))),
-      el("dl", {}, ...rows.flatMap(([term, values]) => [el("dt", {}, term), el("dd", {}, ...values)])));
+  const opened = new Set([...$("causes").querySelectorAll("details[open]")].map((item) => item.dataset.cause));
+  $("causes").replaceChildren(...causes.map((cause, i) => {
+    const head = el("span", { class: "row" }, el("h3", {}, CAUSES[cause.name] ?? cause.name), el("span", { class: "share" }, percent(number(cause.probability))));
+    const body = el("dl", {}, ...causeRows(cause).flatMap(([term, values]) => [el("dt", {}, term), el("dd", {}, ...values)]));
+    if (i === 0) return el("li", {}, head, body);
+    const rest = el("details", { open: opened.has(cause.name) }, el("summary", {}, head), body);
+    rest.dataset.cause = cause.name;
+    return el("li", {}, rest);
   }));
 }
 
@@ -117,11 +125,11 @@ export function alerts(rows, answer) {
   contentOr("alerts", rows.length ? null : "No alerts for this run.");
   $("alerts").tBodies[0].replaceChildren(...rows.map((row) => {
     const button = (word, value) => {
-      const node = el("button", { type: "button", "aria-pressed": String(row.feedback === value) }, word);
+      const node = el("button", { type: "button", "aria-pressed": String(row.correct === value) }, word);
       node.onclick = () => answer(row, value);
       return node;
     };
-    const verdict = row.feedback ? [row.feedback] : [button("yes", "right"), button("no", "wrong")];
+    const verdict = [button("yes", true), button("no", false)];
     return el("tr", {}, el("td", {}, pill(row.state)), el("td", {}, row.summary), el("td", {}, row.kind ?? ""),
       el("td", {}, grouped(row.step)), el("td", { title: row.since ?? "" }, ago(row.since)), el("td", {}, ...verdict));
   }));

@@ -1,6 +1,6 @@
 // Knows the paths and JSON of the public API, and gives the page's other modules plain shapes.
 
-import { get, number } from "./api.js";
+import { get } from "./api.js";
 
 export const STATISTICS = [
   "kurtosis", "kurtosis_sequence_mean", "channel_kurtosis", "amax", "rms", "underflow_ratio", "subnormal_ratio",
@@ -60,8 +60,11 @@ export const diagnosis = async (run) => (await get(path(run, "/diagnosis"), scop
 export async function alerts(run) {
   const answer = await get("/alerts", { run: run.name, ...scope(run) });
   return answer.alerts.map((row) => ({
-    id: row.id, state: row.state, kind: row.kind, step: row.step, since: row.starts_at, summary: row.summary, feedback: row.feedback,
+    id: row.id, state: row.state, kind: row.kind, step: row.step, since: row.starts_at,
+    fired: row.fired_step, summary: row.summary, correct: row.correct,
   }));
 }
 
-export const feedback = (verdict) => ({ verdict });
+export const alarms = (rows) => rows.filter((row) => row.fired !== null && row.fired !== undefined).map((row) => ({ step: row.fired }));
+
+export const feedback = (correct) => ({ correct });

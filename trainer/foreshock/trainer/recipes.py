@@ -84,7 +84,7 @@ def demo(seed: int) -> tuple[RunConfig, RunConfig]:
     start = 2 * int(random.integers(100, 160)) + 1
     factor = round(float(random.uniform(1.025, 1.05)), 4)
     # Unbounded, the loss would end in the hundreds of thousands and its chart show nothing else.
-    ramp = LearningRateRamp(start=start, factor=factor, limit=300.0)
+    ramp = LearningRateRamp(start=start, factor=factor, limit=1000.0)
     return _demo_run(f"demo-{seed}", seed, ramp), _demo_run(f"demo-{seed}-twin", seed, None)
 
 

@@ -1,0 +1,436 @@
+"""The alerts of every run, in SQL: what fired, why, when it ended, and whether people agreed.
+
+Follows the state that the scorer's state machine gives; decides no threshold and sends nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+import sqlalchemy as sa
+
+from foreshock.api.registry import Registry, metadata
+from foreshock.monitor.record import HORIZONS, Risk, RiskKind, decode_number, encode_number
+
+__all__ = [
+    "ALERT_NAMES",
+    "SEVERITIES",
+    "Alert",
+    "AlertContent",
+    "AlertLog",
+    "AlertSubject",
+    "LoggedState",
+    "Transition",
+    "UnknownAlert",
+    "deliveries",
+]
+
+LoggedState = Literal["pending", "firing", "resolved"]
+Transition = Literal["firing", "resolved"]
+
+ALERT_NAMES: Final[Mapping[RiskKind, str]] = {
+    "forecast": "TrainingDivergenceRisk",
+    "detection": "TrainingLossDiverging",
+}
+"""Kind to alertname; the Prometheus rules carry the same names."""
+
+SEVERITIES: Final[Mapping[RiskKind, str]] = {"forecast": "warning", "detection": "critical"}
+
+alerts: Final = sa.Table(
+    "alerts",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("run_id", sa.String, nullable=False, index=True),
+    sa.Column("project", sa.String, nullable=False),
+    sa.Column("run", sa.String, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("state", sa.String, nullable=False, index=True),
+    sa.Column("opened_step", sa.BigInteger, nullable=False),
+    sa.Column("fired_step", sa.BigInteger),
+    sa.Column("resolved_step", sa.BigInteger),
+    sa.Column("starts_at", sa.DateTime, nullable=False),
+    sa.Column("ends_at", sa.DateTime),
+    sa.Column("end_reason", sa.String),
+    sa.Column("content", sa.Text, nullable=False),
+    sa.Column("correct", sa.Boolean),
+    sa.Column("note", sa.Text),
+    # Scoring the same records again (a crash before the risk rows were stored) finds the same row.
+    sa.UniqueConstraint("run_id", "attempt", "kind", "opened_step"),
+)
+
+deliveries: Final = sa.Table(
+    "alert_deliveries",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("alert_id", sa.ForeignKey("alerts.id"), nullable=False),
+    sa.Column("channel", sa.String, nullable=False, index=True),
+    sa.Column("transition", sa.String, nullable=False),
+    sa.Column("tries", sa.Integer, nullable=False, default=0),
+    sa.Column("created_at", sa.DateTime, nullable=False),
+    sa.Column("next_try_at", sa.DateTime, nullable=False),
+    sa.Column("delivered_at", sa.DateTime),
+    sa.Column("abandoned_at", sa.DateTime),
+    sa.Column("error", sa.Text),
+    sa.UniqueConstraint("alert_id", "channel", "transition"),
+)
+
+
+class UnknownAlert(LookupError):
+    """There is no alert of this id."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlertSubject:
+    """Whose alert it is.
+
+    Attributes:
+        run_id: Hex id of the run.
+        project: Project name.
+        run: Run name.
+        attempt: Attempt number.
+    """
+
+    run_id: str
+    project: str
+    run: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlertContent:
+    """What an alert says, as of the step it fired at.
+
+    Attributes:
+        step: That step.
+        probability: Per horizon; None where the model cannot say.
+        expected_lead: Steps until onset, if the model can say.
+        causes: From the diagnosis, most likely first: name, probability, layers, role, statistic,
+            since_step, evidence, remedy, source.
+        drivers: Signals that moved the forecast: signal, contribution, layer.
+        model_version: Which artifact answered.
+    """
+
+    step: int
+    probability: Mapping[int, float | None] = field(default_factory=dict)
+    expected_lead: float | None = None
+    causes: tuple[Mapping[str, Any], ...] = ()
+    drivers: tuple[Mapping[str, Any], ...] = ()
+    model_version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """One alert of one run.
+
+    Attributes:
+        id: Number of the row.
+        subject: Whose it is.
+        kind: forecast or detection.
+        state: pending, firing or resolved.
+        opened_step, fired_step, resolved_step: Steps of the transitions.
+        starts_at, ends_at: Wall-clock times (UTC) of firing (opening while pending) and resolving.
+        end_reason: Why it ended.
+        content: What it says.
+        correct, note: People's answer to "was this right?".
+    """
+
+    id: int
+    subject: AlertSubject
+    kind: RiskKind
+    state: LoggedState
+    opened_step: int
+    fired_step: int | None
+    resolved_step: int | None
+    starts_at: datetime
+    ends_at: datetime | None
+    end_reason: str | None
+    content: AlertContent
+    correct: bool | None
+    note: str | None
+
+    @property
+    def name(self) -> str:
+        """The alertname."""
+        return ALERT_NAMES[self.kind]
+
+    @property
+    def severity(self) -> str:
+        """As it stands in the label: warning or critical."""
+        return SEVERITIES[self.kind]
+
+
+_Key = tuple[str, int]
+
+
+@dataclass(slots=True)
+class _Open:
+    id: int
+    state: LoggedState
+
+
+class AlertLog:
+    """Keeps alerts in step with the states of the runs; safe to use from several threads.
+
+    Args:
+        registry: Its database holds the tables; they are made if they are missing.
+        channels: Names of the channels that every firing and resolved alert goes to.
+    """
+
+    def __init__(self, registry: Registry, channels: Sequence[str] = ()) -> None:
+        self._registry = registry
+        self._channels = tuple(channels)
+        self._lock = threading.Lock()
+        self._open: dict[_Key, dict[RiskKind, _Open]] = {}
+        with registry.write() as connection:
+            metadata.create_all(connection, tables=[alerts, deliveries])
+            for row in connection.execute(sa.select(alerts).where(alerts.c.state != "resolved")):
+                kinds = self._open.setdefault((row.run_id, row.attempt), {})
+                kinds[row.kind] = _Open(row.id, row.state)
+
+    def follow(
+        self, subject: AlertSubject, risk: Risk, explain: Callable[[], AlertContent]
+    ) -> tuple[Alert, ...]:
+        """Bring the log to the state of a risk.
+
+        A run has at most one open alert of each kind. A pending one that goes quiet is forgotten;
+        a firing forecast stays when detection joins it, and both end together.
+
+        Args:
+            subject: Whose risk it is.
+            risk: The answer for the newest step.
+            explain: Called only when an alert starts to fire.
+
+        Returns:
+            The alerts that changed.
+        """
+        with self._lock:
+            found = self._open.get((subject.run_id, subject.attempt), {})
+            if risk.state in ("ok", "resolved"):
+                return self._settle(subject, risk.step, "risk is back to normal") if found else ()
+            kind: RiskKind = risk.kind or "forecast"
+            known = found.get(kind)
+            if known is not None and known.state in (risk.state, "firing", "resolved"):
+                return ()
+            if risk.state == "firing":
+                content = explain()
+            else:
+                content = AlertContent(step=risk.step, probability=risk.probability)
+            return self._advance(subject, kind, risk, content)
+
+    def close(self, subject: AlertSubject, step: int, reason: str) -> tuple[Alert, ...]:
+        """End the open alerts of an attempt, e.g. because a newer attempt has begun."""
+        with self._lock:
+            return self._settle(subject, step, reason)
+
+    def has_open(self, run_id: str, attempt: int) -> bool:
+        """Whether an alert of the attempt is pending or firing."""
+        with self._lock:
+            return bool(self._open.get((run_id, attempt)))
+
+    def open_attempts(self) -> tuple[tuple[str, int], ...]:
+        """Every (run_id, attempt) with a pending or firing alert."""
+        with self._lock:
+            return tuple(self._open)
+
+    def _advance(
+        self, subject: AlertSubject, kind: RiskKind, risk: Risk, content: AlertContent
+    ) -> tuple[Alert, ...]:
+        state: LoggedState = "firing" if risk.state == "firing" else "pending"
+        found = self._open.setdefault((subject.run_id, subject.attempt), {})
+        known = found.get(kind)
+        now = _now()
+        values: dict[str, Any] = {"state": state, "starts_at": now, "content": _dump(content)}
+        if state == "firing":
+            values["fired_step"] = risk.step
+        with self._registry.write() as connection:
+            if known is None:
+                values |= asdict(subject) | {"kind": kind, "opened_step": risk.step}
+                replayed = _existing(connection, subject, kind, risk.step)
+                if replayed is not None:
+                    found[kind] = _Open(replayed.id, replayed.state)
+                    return ()
+                key = connection.execute(sa.insert(alerts).values(values)).inserted_primary_key
+                known = _Open(int(key[0]) if key is not None else 0, state)
+            else:
+                connection.execute(sa.update(alerts).where(alerts.c.id == known.id).values(values))
+            if state == "firing":
+                self._post(connection, known.id, "firing", now)
+            row = connection.execute(sa.select(alerts).where(alerts.c.id == known.id)).one()
+        found[kind] = _Open(known.id, state)
+        return (_alert(row),)
+
+    def _settle(self, subject: AlertSubject, step: int, reason: str) -> tuple[Alert, ...]:
+        found = self._open.pop((subject.run_id, subject.attempt), {})
+        changed = []
+        now = _now()
+        with self._registry.write() as connection:
+            for known in found.values():
+                if known.state == "pending":
+                    connection.execute(sa.delete(alerts).where(alerts.c.id == known.id))
+                if known.state != "firing":
+                    continue
+                connection.execute(
+                    sa.update(alerts)
+                    .where(alerts.c.id == known.id)
+                    .values(state="resolved", resolved_step=step, ends_at=now, end_reason=reason)
+                )
+                self._post(connection, known.id, "resolved", now)
+                row = connection.execute(sa.select(alerts).where(alerts.c.id == known.id)).one()
+                changed.append(_alert(row))
+        return tuple(changed)
+
+    def _post(
+        self, connection: sa.Connection, alert_id: int, transition: Transition, now: datetime
+    ) -> None:
+        rows = [
+            {
+                "alert_id": alert_id,
+                "channel": channel,
+                "transition": transition,
+                "tries": 0,
+                "created_at": now,
+                "next_try_at": now,
+            }
+            for channel in self._channels
+        ]
+        if rows:
+            connection.execute(sa.insert(deliveries), rows)
+
+    def find(
+        self, *, run_id: str | None = None, state: LoggedState | None = None, limit: int = 100
+    ) -> tuple[Alert, ...]:
+        """Alerts, newest first.
+
+        Args:
+            run_id: Only this run's.
+            state: Only those in this state.
+            limit: At most so many.
+        """
+        query = sa.select(alerts).order_by(alerts.c.id.desc()).limit(limit)
+        if run_id is not None:
+            query = query.where(alerts.c.run_id == run_id)
+        if state is not None:
+            query = query.where(alerts.c.state == state)
+        with self._registry.engine.begin() as connection:
+            return tuple(_alert(row) for row in connection.execute(query))
+
+    def get(self, alert_id: int) -> Alert:
+        """One alert.
+
+        Raises:
+            UnknownAlert: There is none of this id.
+        """
+        with self._registry.engine.begin() as connection:
+            row = connection.execute(sa.select(alerts).where(alerts.c.id == alert_id)).first()
+        if row is None:
+            raise UnknownAlert(f"there is no alert {alert_id}")
+        return _alert(row)
+
+    def delivered(self, alert_ids: Sequence[int]) -> Mapping[int, tuple[Mapping[str, Any], ...]]:
+        """What became of each alert's messages: channel, transition, tries, delivered_at, error."""
+        query = (
+            sa.select(deliveries)
+            .where(deliveries.c.alert_id.in_(alert_ids))
+            .order_by(deliveries.c.id)
+        )
+        found: dict[int, list[Mapping[str, Any]]] = {alert_id: [] for alert_id in alert_ids}
+        with self._registry.engine.begin() as connection:
+            for row in connection.execute(query):
+                found[row.alert_id].append(
+                    {
+                        "channel": row.channel,
+                        "transition": row.transition,
+                        "tries": row.tries,
+                        "delivered_at": _utc(row.delivered_at),
+                        "abandoned": row.abandoned_at is not None,
+                        "error": row.error,
+                    }
+                )
+        return {alert_id: tuple(rows) for alert_id, rows in found.items()}
+
+    def answer(self, alert_id: int, *, correct: bool, note: str | None) -> Alert:
+        """Keep people's answer to "was this right?"; a later one replaces it.
+
+        Raises:
+            UnknownAlert: There is no alert of this id.
+        """
+        with self._registry.write() as connection:
+            connection.execute(
+                sa.update(alerts).where(alerts.c.id == alert_id).values(correct=correct, note=note)
+            )
+        return self.get(alert_id)
+
+
+def _existing(connection: sa.Connection, subject: AlertSubject, kind: str, step: int) -> Any:
+    return connection.execute(
+        sa.select(alerts.c.id, alerts.c.state).where(
+            alerts.c.run_id == subject.run_id,
+            alerts.c.attempt == subject.attempt,
+            alerts.c.kind == kind,
+            alerts.c.opened_step == step,
+        )
+    ).first()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+def _utc(value: datetime | None) -> datetime | None:
+    # SQLite keeps no timezone; every time in these tables is UTC.
+    return None if value is None else value.replace(tzinfo=UTC)
+
+
+def _dump(content: AlertContent) -> str:
+    body = asdict(content)
+    body["probability"] = {str(h): encode_number(p) for h, p in content.probability.items()}
+    body["expected_lead"] = encode_number(content.expected_lead)
+    return json.dumps(_finite(body), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return encode_number(value)
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _load(text: str) -> AlertContent:
+    body = json.loads(text)
+    return AlertContent(
+        step=body["step"],
+        probability={
+            h: decode_number(body["probability"].get(str(h)), "probability") for h in HORIZONS
+        },
+        expected_lead=decode_number(body["expected_lead"], "expected_lead"),
+        causes=tuple(body["causes"]),
+        drivers=tuple(body["drivers"]),
+        model_version=body["model_version"],
+    )
+
+
+def _alert(row: Any) -> Alert:
+    return Alert(
+        id=row.id,
+        subject=AlertSubject(row.run_id, row.project, row.run, row.attempt),
+        kind=row.kind,
+        state=row.state,
+        opened_step=row.opened_step,
+        fired_step=row.fired_step,
+        resolved_step=row.resolved_step,
+        starts_at=row.starts_at.replace(tzinfo=UTC),
+        ends_at=_utc(row.ends_at),
+        end_reason=row.end_reason,
+        content=_load(row.content),
+        correct=row.correct,
+        note=row.note,
+    )

@@ -1,0 +1,403 @@
+"""`/metrics`: the live runs and the service itself, read at scrape time.
+
+The one place where metrics are named; dashboards and rules import `METRICS` from here. Keeps the
+number of series bounded: per run and role the worst layer, and a few layers by name. The full
+detail is the API's, not Prometheus's.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from foreshock.api.columns import TensorLayout
+from foreshock.monitor.record import Risk, StatisticColumns
+
+__all__ = [
+    "LAYER_STATISTICS",
+    "METRICS",
+    "MetricSpec",
+    "RunReading",
+    "ServiceTally",
+    "metrics_registry",
+]
+
+MetricKind = Literal["gauge", "counter", "histogram"]
+
+TOP_LAYERS: Final = 5
+"""Layers by name per run, role and statistic."""
+
+MOST_RUNS: Final = 500
+"""Runs exposed at once, the most recently active ones."""
+
+SCORING_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One metric.
+
+    Attributes:
+        name: As it stands in PromQL.
+        kind: gauge, counter or histogram.
+        help: One line.
+        labels: Label names.
+    """
+
+    name: str
+    kind: MetricKind
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatistic:
+    """A statistic of tensors that is exposed.
+
+    Attributes:
+        statistic: Its name in the record.
+        suffix: Its name in metrics, after `foreshock_` or `foreshock_layer_`.
+        worst: Which end is bad.
+        meaning: For the help text.
+    """
+
+    statistic: str
+    suffix: str
+    worst: Literal["largest", "smallest"]
+    meaning: str
+
+
+LAYER_STATISTICS: Final = (
+    LayerStatistic(
+        "underflow_ratio", "fp8_underflow_ratio", "largest", "Share of elements flushed to zero"
+    ),
+    LayerStatistic(
+        "overflow_ratio", "fp8_overflow_ratio", "largest", "Share of elements beyond the format"
+    ),
+    LayerStatistic(
+        "headroom_log2", "fp8_headroom_log2", "smallest", "Binades left above the largest element"
+    ),
+    LayerStatistic("kurtosis", "kurtosis", "largest", "Kurtosis about zero, Gaussian is 3"),
+    LayerStatistic("amax", "amax", "largest", "Largest magnitude"),
+)
+
+_RUN: Final = ("project", "run")
+
+_RUN_METRICS: Final = (
+    MetricSpec(
+        "foreshock_divergence_risk_ratio",
+        "gauge",
+        "Probability that the loss starts to diverge within so many steps",
+        (*_RUN, "horizon"),
+    ),
+    MetricSpec("foreshock_loss", "gauge", "Training loss of the newest step", _RUN),
+    MetricSpec("foreshock_gradient_norm", "gauge", "Gradient norm before clipping", _RUN),
+    MetricSpec("foreshock_learning_rate", "gauge", "Learning rate of the newest step", _RUN),
+    MetricSpec("foreshock_step", "gauge", "Newest optimizer step", _RUN),
+    MetricSpec("foreshock_step_seconds", "gauge", "Duration of the newest step", _RUN),
+    MetricSpec(
+        "foreshock_last_record_timestamp_seconds", "gauge", "When the newest step ended", _RUN
+    ),
+    MetricSpec(
+        "foreshock_monitor_overhead_ratio", "gauge", "Share of step time spent monitoring", _RUN
+    ),
+    MetricSpec(
+        "foreshock_alert_state",
+        "gauge",
+        "1 for the state the run's alert is in, 0 for the others",
+        (*_RUN, "state"),
+    ),
+    MetricSpec(
+        "foreshock_alert_firing",
+        "gauge",
+        "1 while the run's alert of this kind (forecast, detection) is firing",
+        (*_RUN, "kind"),
+    ),
+    MetricSpec(
+        "foreshock_records_dropped_total",
+        "counter",
+        "Records the run's monitor had to drop, as it reported them",
+        _RUN,
+    ),
+)
+
+_WORST_METRICS: Final = tuple(
+    MetricSpec(
+        f"foreshock_{known.suffix}", "gauge", f"{known.meaning}, worst layer", (*_RUN, "role")
+    )
+    for known in LAYER_STATISTICS
+)
+
+_LAYER_METRICS: Final = tuple(
+    MetricSpec(
+        f"foreshock_layer_{known.suffix}",
+        "gauge",
+        f"{known.meaning}, the {TOP_LAYERS} worst layers",
+        (*_RUN, "role", "layer"),
+    )
+    for known in LAYER_STATISTICS
+)
+
+_SERVICE_METRICS: Final = (
+    MetricSpec("foreshock_live_runs", "gauge", "Runs in the memory of the live analysis"),
+    MetricSpec("foreshock_event_readers", "gauge", "Readers of the event stream"),
+    MetricSpec("foreshock_scoring_queue_length", "gauge", "Batches waiting to be scored"),
+    MetricSpec("foreshock_ingest_batches_total", "counter", "Batches made durable"),
+    MetricSpec("foreshock_ingest_records_total", "counter", "Records made durable"),
+    MetricSpec("foreshock_ingest_tensors_total", "counter", "Tensor rows made durable"),
+    MetricSpec("foreshock_scored_records_total", "counter", "Records scored"),
+    MetricSpec(
+        "foreshock_late_records_total",
+        "counter",
+        "Records that came after a later step had been scored; stored, not scored",
+    ),
+    MetricSpec(
+        "foreshock_analysis_rereads_total",
+        "counter",
+        "Times a run was read again from the store because the queue was full",
+    ),
+    MetricSpec("foreshock_analysis_errors_total", "counter", "Failures of the live analysis"),
+    MetricSpec("foreshock_scoring_seconds", "histogram", "Time to score one record"),
+    MetricSpec(
+        "foreshock_alert_deliveries_total",
+        "counter",
+        "Tries to deliver an alert",
+        ("channel", "outcome"),
+    ),
+)
+
+METRICS: Final[Mapping[str, MetricSpec]] = {
+    spec.name: spec for spec in (*_RUN_METRICS, *_WORST_METRICS, *_LAYER_METRICS, *_SERVICE_METRICS)
+}
+"""Every metric of the service, by name."""
+
+_SCALAR_METRICS: Final = {
+    "foreshock_loss": "loss",
+    "foreshock_gradient_norm": "grad_norm",
+    "foreshock_learning_rate": "learning_rate",
+    "foreshock_step_seconds": "step_seconds",
+    "foreshock_monitor_overhead_ratio": "overhead_ratio",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RunReading:
+    """The newest of one run, as a scrape shows it.
+
+    Attributes:
+        project: Project name.
+        run: Run name.
+        step: Newest optimizer step.
+        time: When it ended, seconds since 1970.
+        scalars: Newest value of each scalar.
+        risk: Newest risk; None before the first.
+        dropped: Records the monitor said it dropped.
+        layout: The tensors that were measured last; None before the first.
+        statistics: Their statistics, one value per row of the layout.
+    """
+
+    project: str
+    run: str
+    step: int
+    time: float
+    scalars: Mapping[str, float]
+    risk: Risk | None = None
+    dropped: float = 0.0
+    layout: TensorLayout | None = None
+    statistics: StatisticColumns | None = None
+
+
+@dataclass(slots=True)
+class _Histogram:
+    counts: list[int] = field(default_factory=lambda: [0] * (len(SCORING_BUCKETS) + 1))
+    total: float = 0.0
+
+
+class ServiceTally:
+    """What the service counts about itself, from any thread.
+
+    prometheus-client's own instruments are not used: they expose a `_created` series each, which
+    only a process-wide switch turns off.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._deliveries: Counter[tuple[str, str]] = Counter()
+        self._scoring = _Histogram()
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Raise a counter.
+
+        Raises:
+            ValueError: `METRICS` has no such unlabelled counter.
+        """
+        spec = METRICS.get(name)
+        if spec is None or spec.kind != "counter" or spec.labels:
+            raise ValueError(f"{name!r} is no unlabelled counter of METRICS")
+        with self._lock:
+            self._counts[name] += amount
+
+    def delivery(self, channel: str, outcome: str) -> None:
+        """Count a try to deliver an alert."""
+        with self._lock:
+            self._deliveries[channel, outcome] += 1
+
+    def scored(self, seconds: float) -> None:
+        """Count a scored record and its time."""
+        with self._lock:
+            self._counts["foreshock_scored_records_total"] += 1
+            self._scoring.counts[bisect_left(SCORING_BUCKETS, seconds)] += 1
+            self._scoring.total += seconds
+
+    def value(self, name: str) -> int:
+        """A counter's value."""
+        with self._lock:
+            return self._counts[name]
+
+    def families(self) -> Iterator[Metric]:
+        """All of it, for a scrape."""
+        with self._lock:
+            counts = dict(self._counts)
+            tries = dict(self._deliveries)
+            buckets, total = list(self._scoring.counts), self._scoring.total
+        for spec in _SERVICE_METRICS:
+            if spec.kind == "counter" and not spec.labels:
+                yield _family(spec, [((), counts.get(spec.name, 0))])
+        yield _family(METRICS["foreshock_alert_deliveries_total"], list(tries.items()))
+        edges = [*(str(edge) for edge in SCORING_BUCKETS), "+Inf"]
+        cumulative = np.cumsum(buckets).tolist()
+        spec = METRICS["foreshock_scoring_seconds"]
+        yield HistogramMetricFamily(
+            spec.name,
+            spec.help,
+            buckets=list(zip(edges, map(float, cumulative), strict=True)),
+            sum_value=total,
+        )
+
+
+def metrics_registry(
+    *,
+    tally: ServiceTally,
+    runs: Callable[[], Sequence[RunReading]],
+    gauges: Callable[[], Mapping[str, float]],
+) -> CollectorRegistry:
+    """A registry of its own (no process-wide one) that reads at scrape time.
+
+    Args:
+        tally: The service's counters.
+        runs: Gives the live runs, the most recently active first.
+        gauges: Gives the service's gauges by metric name.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Exposition(tally, runs, gauges))
+    return registry
+
+
+class _Exposition(Collector):
+    def __init__(
+        self,
+        tally: ServiceTally,
+        runs: Callable[[], Sequence[RunReading]],
+        gauges: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self._tally = tally
+        self._runs = runs
+        self._gauges = gauges
+
+    def describe(self) -> Iterable[Metric]:
+        """Names only: registering must not read anything."""
+        return [_family(spec, []) for spec in METRICS.values() if spec.kind != "histogram"]
+
+    def collect(self) -> Iterator[Metric]:
+        """One scrape."""
+        readings = self._runs()[:MOST_RUNS]
+        samples: dict[str, list[_Sample]] = {}
+        for reading in readings:
+            for name, names, value in _run_samples(reading):
+                samples.setdefault(name, []).append(((reading.project, reading.run, *names), value))
+        for spec in (*_RUN_METRICS, *_WORST_METRICS, *_LAYER_METRICS):
+            yield _family(spec, samples.get(spec.name, []))
+        for name, value in self._gauges().items():
+            yield _family(METRICS[name], [((), value)])
+        yield from self._tally.families()
+
+
+_Sample = tuple[tuple[str, ...], float]
+
+
+def _family(spec: MetricSpec, samples: Sequence[_Sample]) -> Metric:
+    family: GaugeMetricFamily | CounterMetricFamily
+    if spec.kind == "counter":
+        family = CounterMetricFamily(spec.name, spec.help, labels=spec.labels)
+    else:
+        family = GaugeMetricFamily(spec.name, spec.help, labels=spec.labels)
+    for names, value in samples:
+        family.add_metric(names, value)
+    return family
+
+
+def _run_samples(reading: RunReading) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    yield "foreshock_step", (), float(reading.step)
+    yield "foreshock_last_record_timestamp_seconds", (), reading.time
+    yield "foreshock_records_dropped_total", (), reading.dropped
+    for name, scalar in _SCALAR_METRICS.items():
+        if scalar in reading.scalars:
+            yield name, (), reading.scalars[scalar]
+    if reading.risk is not None:
+        for horizon, probability in reading.risk.probability.items():
+            if probability is not None:
+                yield "foreshock_divergence_risk_ratio", (str(horizon),), probability
+        for state in ("ok", "pending", "firing", "resolved"):
+            yield "foreshock_alert_state", (state,), float(reading.risk.state == state)
+        firing = reading.risk.kind if reading.risk.state == "firing" else None
+        for kind in ("forecast", "detection"):
+            yield "foreshock_alert_firing", (kind,), float(firing == kind)
+    if reading.layout is not None and reading.statistics is not None:
+        yield from _tensor_samples(reading.layout, reading.statistics)
+
+
+def _tensor_samples(
+    layout: TensorLayout, statistics: StatisticColumns
+) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    for known in LAYER_STATISTICS:
+        values = statistics.get(known.statistic)
+        if values is None:
+            continue
+        for role, rows in layout.rows_of_role.items():
+            worst = _worst_layers(layout, values[rows], rows, known.worst == "largest")
+            for place, (layer, value) in enumerate(worst):
+                if place == 0:
+                    yield f"foreshock_{known.suffix}", (role,), value
+                yield f"foreshock_layer_{known.suffix}", (role, layer), value
+
+
+def _worst_layers(
+    layout: TensorLayout,
+    values: np.ma.MaskedArray[Any, Any],
+    rows: np.ndarray[Any, np.dtype[np.intp]],
+    largest: bool,
+) -> list[tuple[str, float]]:
+    """The worst layers first, at most `TOP_LAYERS`, each once."""
+    known = ~np.ma.getmaskarray(values) & ~np.isnan(values.data)
+    kept, rows = values.data[known], rows[known]
+    found: dict[str, float] = {}
+    # Stable, so that equal layers do not take turns in the exposition.
+    for place in np.argsort(-kept if largest else kept, kind="stable"):
+        found.setdefault(layout.layers[int(rows[place])], float(kept[place]))
+        if len(found) == TOP_LAYERS:
+            break
+    return list(found.items())

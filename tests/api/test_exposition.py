@@ -1,0 +1,141 @@
+"""The exposition is lint clean, bounded, and shows what the newest records hold."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+import pytest
+from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from foreshock.api.columns import RecordReader
+from foreshock.api.exposition import (
+    LAYER_STATISTICS,
+    METRICS,
+    RunReading,
+    ServiceTally,
+    metrics_registry,
+)
+from foreshock.monitor.record import records_to_table
+from tests.api.live_helpers import record, risk
+
+
+def reading(run: str = "llama", kurtosis: float = 3.0, loss: float = 2.0) -> RunReading:
+    (columns,) = RecordReader().read(records_to_table([record(7, loss, kurtosis=kurtosis)]))
+    return RunReading(
+        project="default",
+        run=run,
+        step=7,
+        time=columns.time.timestamp(),
+        scalars=columns.scalars,
+        risk=risk(7, "firing", "forecast", 0.4),
+        layout=columns.layout,
+        statistics=columns.statistics,
+    )
+
+
+def exposed(*readings: RunReading, tally: ServiceTally | None = None) -> str:
+    registry = metrics_registry(
+        tally=tally or ServiceTally(),
+        runs=lambda: readings,
+        gauges=lambda: {"foreshock_live_runs": len(readings)},
+    )
+    return generate_latest(registry).decode()
+
+
+def samples(text: str, name: str) -> dict[tuple[str, ...], float]:
+    """Label values (but project and run) to value."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == name:
+                own = [v for k, v in sample.labels.items() if k not in ("project", "run")]
+                found[tuple(own)] = sample.value
+    return found
+
+
+def layers(text: str, name: str) -> Sequence[str]:
+    return [layer for layer, _ in samples(text, name)]
+
+
+def test_values_are_those_of_the_newest_record() -> None:
+    text = exposed(reading())
+    assert samples(text, "foreshock_step") == {(): 7.0}
+    assert samples(text, "foreshock_loss") == {(): 2.0}
+    # A horizon that the model cannot answer has no sample, so no rule fires on it.
+    assert samples(text, "foreshock_divergence_risk_ratio") == {("10",): 0.1, ("100",): 0.4}
+    assert samples(text, "foreshock_kurtosis") == {("input",): 10.0}
+    assert samples(text, "foreshock_fp8_headroom_log2") == {("input",): -4.0}
+    # Not measured is absent, not zero.
+    assert samples(text, "foreshock_fp8_overflow_ratio") == {}
+
+
+def test_layers_are_the_worst_few_and_leave_when_they_are_not() -> None:
+    name = "foreshock_layer_kurtosis"
+    before = layers(exposed(reading()), name)
+    assert len(before) == 5
+    assert "blocks.7.mlp.down" in before
+    assert "blocks.0.mlp.down" not in before
+    assert layers(exposed(), name) == []
+
+
+def test_non_finite_loss_is_shown() -> None:
+    (value,) = samples(exposed(reading(loss=math.nan)), "foreshock_loss").values()
+    assert math.isnan(value)
+
+
+def test_every_sample_is_named_in_metrics_with_its_labels() -> None:
+    tally = ServiceTally()
+    tally.scored(0.002)
+    tally.delivery("json-1", "delivered")
+    tally.add("foreshock_ingest_records_total", 3)
+    for family in text_string_to_metric_families(exposed(reading(), tally=tally)):
+        for sample in family.samples:
+            name = sample.name
+            if family.type == "histogram":
+                name = family.name
+            assert name in METRICS
+            assert set(sample.labels) - {"le"} == set(METRICS[name].labels)
+
+
+def test_runs_are_bounded() -> None:
+    text = exposed(*(reading(f"run-{number}") for number in range(600)))
+    assert text.count("\nforeshock_step{") == 500
+
+
+def test_scoring_time_is_a_histogram() -> None:
+    tally = ServiceTally()
+    for seconds in (0.0004, 0.002, 3.0):
+        tally.scored(seconds)
+    buckets = samples(exposed(tally=tally), "foreshock_scoring_seconds_bucket")
+    assert buckets["0.0005",] == 1
+    assert buckets["0.0025",] == 2
+    assert buckets["+Inf",] == 3
+    assert samples(exposed(tally=tally), "foreshock_scored_records_total") == {(): 3.0}
+
+
+def test_counters_are_named() -> None:
+    with pytest.raises(ValueError, match="no unlabelled counter"):
+        ServiceTally().add("foreshock_loss")
+
+
+def test_statistics_keep_their_names_at_both_levels() -> None:
+    for known in LAYER_STATISTICS:
+        assert f"foreshock_{known.suffix}" in METRICS
+        assert f"foreshock_layer_{known.suffix}" in METRICS
+
+
+@pytest.mark.debian
+def test_promtool_finds_nothing() -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("needs promtool of Debian's prometheus")
+    tally = ServiceTally()
+    tally.scored(0.01)
+    tally.delivery("json-1", "failed")
+    text = exposed(reading('odd "name"\\', loss=math.inf), reading("two"), tally=tally)
+    command = ["promtool", "check", "metrics"]
+    checked = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from foreshock.api.cli import serve
+
 __all__ = ["app", "run"]
 
 app = typer.Typer(
@@ -17,6 +19,9 @@ app = typer.Typer(
 @app.callback()
 def _root() -> None:
     """Watch low-precision training."""
+
+
+serve.register(app)
 
 
 def run() -> None:

@@ -1,0 +1,130 @@
+"""Puts the service together: store, registry, ingest, live analysis and routes.
+
+The store opens in the process that serves (its engine does not survive a fork). Starts no server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
+
+import pyarrow as pa
+from fastapi import APIRouter, FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from foreshock.api import problems
+from foreshock.api.guard import Guard
+from foreshock.api.ingest import Ingest
+from foreshock.api.ledger import Ledger
+from foreshock.api.registry import Registry
+from foreshock.api.routes import batches, health, heatmap, page, records, runs, series
+from foreshock.api.services import Latest, Live, Services
+from foreshock.api.settings import Settings
+from foreshock.api.store import Limits, Store
+
+__all__ = ["LiveFactory", "NoLive", "create_app"]
+
+LiveFactory = Callable[[Settings, Registry, Store], Live]
+
+_DESCRIPTION = "Store, analyse and forecast low-precision training runs."
+
+
+class NoLive:
+    """A service that only stores."""
+
+    def start(self) -> None:
+        """Do nothing."""
+
+    def stop(self) -> None:
+        """Do nothing."""
+
+    def committed(self, run_id: str, attempt: int, table: pa.Table) -> None:
+        """Do nothing."""
+
+    def latest(self, run_id: str) -> Latest | None:
+        """Know nothing."""
+        return None
+
+
+def create_app(settings: Settings, *, live: LiveFactory | None = None) -> FastAPI:
+    """The application.
+
+    Args:
+        settings: What it is told.
+        live: Makes the live analysis; None stores without analysing.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with ExitStack() as stack:
+            services = await run_in_threadpool(_open, settings, live, stack)
+            app.state.services = services
+            app.state.live = services.live
+            yield
+            await run_in_threadpool(stack.close)
+
+    app = FastAPI(
+        title="foreshock",
+        description=_DESCRIPTION,
+        version="1",
+        openapi_url="/api/v1/openapi.json",
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.include_router(_api_router())
+    app.include_router(health.router)
+    app.include_router(page.router)
+    problems.install(app)
+    app.add_middleware(Guard, settings=settings)
+    return app
+
+
+def _api_router() -> APIRouter:
+    router = APIRouter(prefix="/api/v1")
+    for module in (runs, batches, series, heatmap, records):
+        router.include_router(module.router)
+    return router
+
+
+def _open(settings: Settings, live: LiveFactory | None, stack: ExitStack) -> Services:
+    """Open the parts in order; closing the stack ends them in the opposite one."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    registry = Registry(settings.data_dir / "registry.sqlite")
+    stack.callback(registry.close)
+    limits = Limits(
+        seconds=settings.query_seconds,
+        memory_bytes=settings.query_bytes,
+        clients=settings.query_clients,
+    )
+    store = Store(
+        settings.data_dir / "store",
+        registry.layer_names,
+        limits=limits,
+        fsync=settings.fsync,
+        retention_days=settings.retention_days,
+    )
+    stack.callback(store.close)
+    analysis = live(settings, registry, store) if live is not None else NoLive()
+    ingest = Ingest(
+        registry,
+        store,
+        analysis,
+        group_batches=settings.group_batches,
+        group_seconds=settings.group_milliseconds / 1000,
+        queue_batches=settings.queue_batches,
+        queue_bytes=settings.queue_bytes,
+    )
+    ingest.start()
+    analysis.start()
+    stack.callback(analysis.stop)
+    stack.callback(ingest.stop)
+    return Services(
+        settings=settings,
+        registry=registry,
+        ledger=Ledger(registry),
+        store=store,
+        ingest=ingest,
+        live=analysis,
+    )

@@ -1,0 +1,65 @@
+"""`foreshock serve`: run the service."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foreshock.api.cli import extras
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve")(serve)
+
+
+def serve(
+    host: Annotated[
+        str | None, typer.Option(help="Address; others than loopback need a token.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(help="Bearer token; better set FORESHOCK_TOKEN.", show_default=False),
+    ] = None,
+    public_url: Annotated[str | None, typer.Option(help="Address of the page in alerts.")] = None,
+    alert_url: Annotated[list[str] | None, typer.Option(help="apprise address for alerts.")] = None,
+    alertmanager_url: Annotated[list[str] | None, typer.Option(help="Alertmanager.")] = None,
+    retention_days: Annotated[
+        int | None, typer.Option(help="Delete older records; 0 = keep.")
+    ] = None,
+    port_file: Annotated[
+        Path | None, typer.Option(help="Write the port here once the service answers.")
+    ] = None,
+) -> None:
+    """Run the service until it is told to stop; what was received is finished first."""
+    extras.require("api")
+    from foreshock.api.cli.server import listen, run
+    from foreshock.api.settings import Settings, SettingsError
+
+    overrides = {
+        "host": host,
+        "port": port,
+        "data_dir": data,
+        "token": token,
+        "public_url": public_url,
+        "alert_urls": tuple(alert_url) if alert_url else None,
+        "alertmanager_urls": tuple(alertmanager_url) if alertmanager_url else None,
+        "retention_days": retention_days,
+    }
+    try:
+        settings = Settings.from_environment(os.environ, overrides)
+        listener = listen(settings)
+    except (SettingsError, OSError) as error:
+        typer.echo(f"foreshock serve: {error}", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(run(settings, listener, port_file))

@@ -1,0 +1,92 @@
+"""uvicorn around the application: one process, a socket made before, a word once it answers."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import typer
+import uvicorn
+
+from foreshock.api.app import LiveFactory, create_app
+from foreshock.api.settings import Settings
+
+__all__ = ["listen", "run"]
+
+_BACKLOG: Final = 512
+# Streams of events never end by themselves.
+_GRACEFUL_SECONDS: Final = 5
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Bind the address.
+
+    Raises:
+        OSError: It is in use or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise OSError(f"cannot listen on {where}: {error.strerror or error}") from None
+
+
+def run(settings: Settings, listener: socket.socket, port_file: Path | None) -> int:
+    """Serve until told to stop.
+
+    Returns:
+        The exit code: 0, or 1 if the service did not start.
+    """
+    app = create_app(settings, live=_live())
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACEFUL_SECONDS,
+        backlog=_BACKLOG,
+    )
+    server = _Server(config, listener, port_file)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises the signal again once it has shut down; being told to stop is no failure.
+        signal.signal(number, _ignore)
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def _live() -> LiveFactory | None:
+    return None
+
+
+def _ignore(_: int, __: FrameType | None) -> None:
+    """Do nothing more."""
+
+
+class _Server(uvicorn.Server):
+    def __init__(
+        self, config: uvicorn.Config, listener: socket.socket, port_file: Path | None
+    ) -> None:
+        super().__init__(config)
+        self._listener = listener
+        self._port_file = port_file
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say where."""
+        await super().startup(sockets=sockets)
+        if not self.started:
+            return
+        host, port = self._listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        typer.echo(f"foreshock: listening on http://{shown}:{port}")
+        sys.stdout.flush()
+        if self._port_file is not None:
+            # Whoever waits for the file must never read half of it.
+            partial = self._port_file.with_name(self._port_file.name + ".partial")
+            partial.write_text(f"{port}\n")
+            partial.replace(self._port_file)

@@ -1,0 +1,355 @@
+"""Runs, launches, attempts, layers and the batch ledger, in SQLite through SQLAlchemy.
+
+The truth about what was acknowledged: a batch counts once its ledger row is committed. Holds no
+statistics; those are the store's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from foreshock.api.registry_tables import attempts, launches, layers, metadata, runs
+
+__all__ = [
+    "Attempt",
+    "LaunchConflict",
+    "LaunchRequest",
+    "Registry",
+    "Run",
+    "metadata",
+]
+
+_RUN_ID: Final = re.compile(r"[0-9a-f]{32}")
+MAX_LAYERS: Final = 65_535
+
+
+class LaunchConflict(ValueError):
+    """A launch_id is already known under another run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchRequest:
+    """One start of a training job, as its client announces it."""
+
+    project: str
+    run: str
+    launch_id: str
+    first_step: int = 0
+    parent_launch: str | None = None
+    config: Mapping[str, Any] | None = None
+    layers: Sequence[str] = ()
+    tokens_per_step: int | None = None
+    world_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One stretch of a run without going back.
+
+    Attributes:
+        number: Counts from 1 within the run.
+        launch_id: The launch it belongs to.
+        epoch: 0 for the launch's own start, one more for each rollback inside it.
+        first_step: Lowest step seen, before any record the step announced.
+        last_step: Highest step seen; None before any record.
+        last_received: When a batch of it was last acknowledged.
+        last_loss: The newest loss.
+    """
+
+    number: int
+    launch_id: str
+    epoch: int
+    first_step: int
+    last_step: int | None
+    started_at: datetime
+    parent_launch: str | None
+    last_received: datetime | None
+    last_loss: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run as the registry knows it; `layers` in model order."""
+
+    run_id: str
+    project: str
+    name: str
+    created_at: datetime
+    layers: tuple[str, ...]
+    config: Mapping[str, Any]
+    tokens_per_step: int | None
+    world_size: int | None
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def current(self) -> Attempt | None:
+        """The highest attempt that holds records."""
+        return next((a for a in reversed(self.attempts) if a.last_step is not None), None)
+
+    @property
+    def first_step(self) -> int | None:
+        """The lowest step of any attempt; None before any record."""
+        return min((a.first_step for a in self.attempts if a.last_step is not None), default=None)
+
+    @property
+    def highest_step(self) -> int | None:
+        """The highest step of any attempt; None before any record."""
+        return max((a.last_step for a in self.attempts if a.last_step is not None), default=None)
+
+
+class Registry:
+    """Access to the registry's database; safe to use from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the database, making it if it is not there."""
+        self.engine = sa.create_engine(f"sqlite:///{path}")
+        self._lock = threading.RLock()
+        self._layer_ids: dict[str, dict[str, int]] = {}
+        self._launch_runs: dict[str, str] = {}
+        self._numbers: dict[tuple[str, int], int] = {}
+        sa.event.listen(self.engine, "connect", _on_connect)
+        sa.event.listen(self.engine, "begin", _on_begin)
+        with self.write() as connection:
+            metadata.create_all(connection)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """A write transaction; one at a time, committed with a disk sync on leaving."""
+        with self._lock, self.engine.connect() as connection:
+            connection = connection.execution_options(foreshock_write=True)
+            with connection.begin():
+                yield connection
+
+    def launch(self, request: LaunchRequest) -> tuple[str, int, bool]:
+        """Announce a launch; the same launch gives the same answer.
+
+        Returns:
+            run_id, attempt number, whether the launch is new.
+
+        Raises:
+            LaunchConflict: The launch_id belongs to another run.
+        """
+        now = datetime.now(UTC)
+        with self.write() as connection:
+            run_id = self._upsert_run(connection, request, now)
+            known = connection.execute(
+                sa.select(launches.c.run_id, launches.c.attempt).where(
+                    launches.c.launch_id == request.launch_id
+                )
+            ).one_or_none()
+            if known is not None and known.run_id != run_id:
+                raise LaunchConflict(
+                    f"launch {request.launch_id} belongs to another run; make a new launch_id"
+                )
+            if known is not None:
+                return run_id, known.attempt, False
+            number = _next_attempt(connection, run_id)
+            connection.execute(
+                launches.insert().values(
+                    launch_id=request.launch_id, run_id=run_id, attempt=number, started_at=now
+                )
+            )
+            row = {"run_id": run_id, "number": number, "launch_id": request.launch_id, "epoch": 0}
+            row |= {"first_step": request.first_step, "parent_launch": request.parent_launch}
+            connection.execute(attempts.insert().values(**row, started_at=now))
+        if request.layers:
+            self.layer_ids(run_id, request.layers)
+        return run_id, number, True
+
+    def attempt(self, run_id: str, launch_id: str, epoch: int, first_step: int) -> int:
+        """The number of an epoch's attempt; made when a rollback starts a new epoch."""
+        known = self._numbers.get((launch_id, epoch))
+        if known is not None:
+            return known
+        query = sa.select(attempts.c.number).where(
+            attempts.c.launch_id == launch_id, attempts.c.epoch == epoch
+        )
+        with self.engine.begin() as connection:
+            number = connection.execute(query).scalar_one_or_none()
+        if number is None:
+            number = self._new_attempt(run_id, launch_id, epoch, first_step)
+        self._numbers[launch_id, epoch] = int(number)
+        return int(number)
+
+    def _new_attempt(self, run_id: str, launch_id: str, epoch: int, first_step: int) -> int:
+        with self.write() as connection:
+            number = _next_attempt(connection, run_id)
+            row = {"run_id": run_id, "number": number, "launch_id": launch_id, "epoch": epoch}
+            now = datetime.now(UTC)
+            connection.execute(
+                attempts.insert().values(**row, first_step=first_step, started_at=now)
+            )
+        return number
+
+    def _upsert_run(self, connection: sa.Connection, request: LaunchRequest, now: datetime) -> str:
+        found = connection.execute(
+            sa.select(runs.c.run_id).where(
+                runs.c.project == request.project, runs.c.name == request.run
+            )
+        ).scalar_one_or_none()
+        given: dict[str, Any] = {}
+        if request.config is not None:
+            given["config"] = json.dumps(dict(request.config))
+        if request.layers:
+            given["layers"] = json.dumps(list(request.layers))
+        if request.tokens_per_step is not None:
+            given["tokens_per_step"] = request.tokens_per_step
+        if request.world_size is not None:
+            given["world_size"] = request.world_size
+        if found is None:
+            run_id = uuid.uuid4().hex
+            row = {"run_id": run_id, "project": request.project, "name": request.run}
+            connection.execute(runs.insert().values(**row, created_at=now, **given))
+            return run_id
+        if given:
+            connection.execute(runs.update().where(runs.c.run_id == found).values(**given))
+        return str(found)
+
+    def run_id(self, run: str, project: str = "default") -> str | None:
+        """The id of a run, from its id or its name within a project."""
+        query = sa.select(runs.c.run_id)
+        if _RUN_ID.fullmatch(run):
+            query = query.where(runs.c.run_id == run)
+        else:
+            query = query.where(runs.c.project == project, runs.c.name == run)
+        with self.engine.begin() as connection:
+            return connection.execute(query).scalar_one_or_none()
+
+    def launch_run(self, launch_id: str) -> str | None:
+        """The run_id that a launch belongs to, or None."""
+        if launch_id not in self._launch_runs:
+            query = sa.select(launches.c.run_id).where(launches.c.launch_id == launch_id)
+            with self.engine.begin() as connection:
+                run_id = connection.execute(query).scalar_one_or_none()
+            if run_id is None:
+                return None
+            self._launch_runs[launch_id] = run_id
+        return self._launch_runs[launch_id]
+
+    def runs(self, project: str | None = None) -> list[Run]:
+        """All runs, latest first heard last."""
+        query = sa.select(runs).order_by(runs.c.created_at, runs.c.run_id)
+        if project is not None:
+            query = query.where(runs.c.project == project)
+        with self.engine.begin() as connection:
+            rows = connection.execute(query).all()
+            found: dict[str, list[Attempt]] = {}
+            for row in connection.execute(sa.select(attempts).order_by(attempts.c.number)):
+                found.setdefault(row.run_id, []).append(_attempt(row))
+        return [_run(row, found.get(row.run_id, ())) for row in rows]
+
+    def run(self, run_id: str) -> Run | None:
+        """One run, or None."""
+        with self.engine.begin() as connection:
+            row = connection.execute(sa.select(runs).where(runs.c.run_id == run_id)).one_or_none()
+            if row is None:
+                return None
+            query = sa.select(attempts).where(attempts.c.run_id == run_id)
+            found = connection.execute(query.order_by(attempts.c.number)).all()
+        return _run(row, [_attempt(item) for item in found])
+
+    def layer_ids(self, run_id: str, names: Sequence[str]) -> dict[str, int]:
+        """Ids of a run's layers, new ones made.
+
+        Raises:
+            ValueError: The run would have more than `MAX_LAYERS` layers.
+        """
+        known = self._known_layers(run_id)
+        if all(name in known for name in names):
+            return known
+        with self._lock:
+            known = dict(self._known_layers(run_id))
+            fresh = [name for name in dict.fromkeys(names) if name not in known]
+            if len(known) + len(fresh) > MAX_LAYERS:
+                raise ValueError(f"a run may have {MAX_LAYERS} layers; this one would have more")
+            rows = [
+                {"run_id": run_id, "layer_id": len(known) + index, "name": name}
+                for index, name in enumerate(fresh)
+            ]
+            if rows:
+                with self.write() as connection:
+                    connection.execute(layers.insert(), rows)
+            made = {name: len(known) + index for index, name in enumerate(fresh)}
+            self._layer_ids[run_id] = known | made
+        return self._layer_ids[run_id]
+
+    def layer_names(self, run_id: str) -> list[str]:
+        """A run's layer names; the position is the id."""
+        return list(self._known_layers(run_id))
+
+    def ordered_layers(self, run: Run) -> list[str]:
+        """A run's layers in model order; those that were never announced come last."""
+        return list(dict.fromkeys([*run.layers, *self.layer_names(run.run_id)]))
+
+    def _known_layers(self, run_id: str) -> dict[str, int]:
+        if run_id not in self._layer_ids:
+            query = sa.select(layers.c.name, layers.c.layer_id).where(layers.c.run_id == run_id)
+            with self._lock, self.engine.begin() as connection:
+                rows = connection.execute(query.order_by(layers.c.layer_id)).all()
+                self._layer_ids[run_id] = {row.name: row.layer_id for row in rows}
+        return self._layer_ids[run_id]
+
+
+def _next_attempt(connection: sa.Connection, run_id: str) -> int:
+    query = sa.select(sa.func.max(attempts.c.number)).where(attempts.c.run_id == run_id)
+    return int(connection.execute(query).scalar() or 0) + 1
+
+
+def _on_connect(connection: Any, _: object) -> None:
+    # SQLAlchemy's begin event starts the transaction, so that a writer can take its lock at once:
+    # a reader that turns writer would fail at once instead of waiting.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _on_begin(connection: sa.Connection) -> None:
+    writing = connection.get_execution_options().get("foreshock_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+
+def _utc(value: datetime) -> datetime:
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value
+
+
+def _attempt(row: Any) -> Attempt:
+    return Attempt(
+        number=row.number,
+        launch_id=row.launch_id,
+        epoch=row.epoch,
+        first_step=row.first_step,
+        last_step=row.last_step,
+        started_at=_utc(row.started_at),
+        parent_launch=row.parent_launch,
+        last_received=_utc(row.last_received) if row.last_received else None,
+        last_loss=None if row.last_loss is None else float(row.last_loss),
+    )
+
+
+def _run(row: Any, found: Sequence[Attempt]) -> Run:
+    return Run(
+        run_id=row.run_id,
+        project=row.project,
+        name=row.name,
+        created_at=_utc(row.created_at),
+        layers=tuple(json.loads(row.layers)),
+        config=json.loads(row.config),
+        tokens_per_step=row.tokens_per_step,
+        world_size=row.world_size,
+        attempts=tuple(found),
+    )

@@ -1,0 +1,82 @@
+"""Tables of the registry. Other parts (alerts) add theirs to the same `metadata`.
+
+Holds no query; a change of a table needs a migration once the first release is out.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import sqlalchemy as sa
+
+__all__ = ["attempts", "batches", "launches", "layers", "metadata", "runs"]
+
+metadata: Final = sa.MetaData()
+
+_TIME: Final = sa.DateTime(timezone=True)
+
+runs: Final = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("run_id", sa.String(32), primary_key=True),
+    sa.Column("project", sa.String(128), nullable=False),
+    sa.Column("name", sa.String(128), nullable=False),
+    sa.Column("created_at", _TIME, nullable=False),
+    sa.Column("layers", sa.Text, nullable=False, default="[]"),
+    sa.Column("config", sa.Text, nullable=False, default="{}"),
+    sa.Column("tokens_per_step", sa.BigInteger),
+    sa.Column("world_size", sa.Integer),
+    sa.UniqueConstraint("project", "name"),
+)
+
+launches: Final = sa.Table(
+    "launches",
+    metadata,
+    sa.Column("launch_id", sa.String(64), primary_key=True),
+    sa.Column("run_id", sa.ForeignKey("runs.run_id"), nullable=False, index=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("started_at", _TIME, nullable=False),
+)
+
+attempts: Final = sa.Table(
+    "attempts",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("runs.run_id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("launch_id", sa.ForeignKey("launches.launch_id"), nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("first_step", sa.BigInteger, nullable=False),
+    sa.Column("last_step", sa.BigInteger),
+    sa.Column("started_at", _TIME, nullable=False),
+    sa.Column("parent_launch", sa.String(64)),
+    sa.Column("last_received", _TIME),
+    # Text, because SQLite stores NaN as NULL.
+    sa.Column("last_loss", sa.String(32)),
+    sa.UniqueConstraint("launch_id", "epoch"),
+)
+
+layers: Final = sa.Table(
+    "layers",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("runs.run_id"), primary_key=True),
+    sa.Column("layer_id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.UniqueConstraint("run_id", "name"),
+)
+
+batches: Final = sa.Table(
+    "batches",
+    metadata,
+    sa.Column("launch_id", sa.ForeignKey("launches.launch_id"), primary_key=True),
+    sa.Column("rank", sa.Integer, primary_key=True),
+    sa.Column("sequence", sa.BigInteger, primary_key=True),
+    sa.Column("run_id", sa.ForeignKey("runs.run_id"), nullable=False, index=True),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("commit", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("first_epoch", sa.Integer, nullable=False),
+    sa.Column("last_epoch", sa.Integer, nullable=False),
+    sa.Column("last_step", sa.BigInteger, nullable=False),
+    sa.Column("attempts", sa.Text, nullable=False),
+    sa.Column("records", sa.Integer, nullable=False),
+    sa.Column("received_at", _TIME, nullable=False),
+)

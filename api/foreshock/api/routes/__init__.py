@@ -1,0 +1,1 @@
+"""HTTP routes, one module per subject: they read a request, ask the parts, shape an answer."""

@@ -1,0 +1,179 @@
+"""Take batches of records: answered with 2xx only once they are durable."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Header, Path, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from foreshock.api.arrowguard import BodyTooLarge
+from foreshock.api.ingest import BatchConflict, Incoming, Receipt, Refused, Unavailable
+from foreshock.api.ledger import BatchKey
+from foreshock.api.problems import Problem
+from foreshock.api.schemas import BatchReceipt
+from foreshock.api.services import Services, ServicesDep
+from foreshock.api.wire import (
+    ARROW,
+    JSON,
+    BodyLimits,
+    UnknownEncoding,
+    decode_body,
+    digest,
+    read_batch,
+)
+from foreshock.monitor.record import RecordError
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["batches"])
+
+_KEY: Final = re.compile(
+    r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})-([0-9]{1,9})-([0-9]{1,18})"
+)
+_ARROW_TYPES: Final = (ARROW, "application/octet-stream", "")
+_WAIT_SECONDS: Final = 60.0
+_RETRY: Final = {"Retry-After": "1"}
+
+_BODY: Final = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            ARROW: {"schema": {"type": "string", "format": "binary"}},
+            JSON: {
+                "schema": {"type": "object"},
+                "examples": {
+                    "two steps": {
+                        "value": {
+                            "records": [
+                                {
+                                    "step": 0,
+                                    "time": "2026-01-31T12:00:00Z",
+                                    "scalars": {"loss": 5.5, "grad_norm": 1.2},
+                                },
+                                {
+                                    "step": 1,
+                                    "time": "2026-01-31T12:00:01Z",
+                                    "scalars": {"loss": "NaN"},
+                                },
+                            ]
+                        }
+                    }
+                },
+            },
+        },
+    }
+}
+
+
+@router.put(
+    "/runs/{run}/batches/{batch}",
+    operation_id="putBatch",
+    status_code=201,
+    openapi_extra=_BODY,
+)
+async def put_batch(
+    run: str,
+    batch: Annotated[str, Path(description="{launch_id}-{rank}-{sequence}")],
+    request: Request,
+    response: Response,
+    services: ServicesDep,
+    content_encoding: Annotated[str, Header()] = "identity",
+    content_type: Annotated[str, Header()] = "",
+) -> BatchReceipt:
+    """Store a batch of records exactly once, all or nothing.
+
+    Same id and same contents again: 200 and `duplicate`. Other contents: 409. Unknown run or
+    launch: 404, post it and retry. 503: retry the same batch later.
+    """
+    key = _parse_key(batch)
+    media_type = content_type.split(";")[0].strip().lower()
+    if media_type != JSON and media_type not in _ARROW_TYPES:
+        raise Problem(415, f"Content-Type {media_type!r} is not read; allowed: {ARROW}, {JSON}")
+    run_id = await run_in_threadpool(_owner, services, run, key)
+    body = await request.body()
+    arrival = _Arrival(run_id, key, body, content_encoding, media_type)
+    answer = await run_in_threadpool(_take, services, arrival)
+    if isinstance(answer, Receipt):
+        receipt = answer
+    else:
+        receipt = await _durable(answer)
+    response.status_code = 200 if receipt.duplicate else 201
+    return BatchReceipt(
+        duplicate=receipt.duplicate, attempts=list(receipt.attempts), records=receipt.records
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    run_id: str
+    key: BatchKey
+    body: bytes
+    encoding: str
+    media_type: str
+
+
+def _parse_key(batch: str) -> BatchKey:
+    found = _KEY.fullmatch(batch.lower())
+    if found is None:
+        raise Problem(422, "a batch id is {launch_id}-{rank}-{sequence}, launch_id a UUID")
+    return BatchKey(found[1], int(found[2]), int(found[3]))
+
+
+def _owner(services: Services, run: str, key: BatchKey) -> str:
+    """The run of a batch's launch, which must be the one in the address."""
+    run_id = services.registry.launch_run(key.launch_id)
+    if run_id is None:
+        raise Problem(404, f"launch {key.launch_id} is not known; POST /api/v1/runs, then retry")
+    if run != run_id:
+        found = services.registry.run(run_id)
+        if found is None or found.name != run:
+            raise Problem(404, f"launch {key.launch_id} does not belong to run {run!r}")
+    return run_id
+
+
+def _take(services: Services, arrival: _Arrival) -> Receipt | Future[Receipt]:
+    """Decode, check and hand over a batch; in a thread."""
+    settings = services.settings
+    limits = BodyLimits(arrow=settings.max_decoded_bytes, json=settings.max_json_bytes)
+    largest = limits.json if arrival.media_type == JSON else limits.arrow
+    try:
+        body = decode_body(arrival.body, arrival.encoding, largest)
+        fingerprint = digest(body)
+        known = services.ingest.known(arrival.key, fingerprint)
+        if known is not None:
+            return known
+        table = read_batch(body, arrival.media_type, limits)
+        return services.ingest.submit(
+            Incoming(run_id=arrival.run_id, key=arrival.key, digest=fingerprint, table=table)
+        )
+    except UnknownEncoding as error:
+        raise Problem(415, str(error)) from None
+    except BodyTooLarge as error:
+        raise Problem(413, str(error)) from None
+    except RecordError as error:
+        members = {} if error.index is None else {"record": error.index}
+        raise Problem(422, str(error), members=members) from None
+    except BatchConflict as error:
+        raise Problem(409, str(error)) from None
+    except Unavailable as error:
+        raise Problem(503, str(error), headers=_RETRY) from None
+
+
+async def _durable(future: Future[Receipt]) -> Receipt:
+    try:
+        return await asyncio.wait_for(
+            asyncio.shield(asyncio.wrap_future(future)), timeout=_WAIT_SECONDS
+        )
+    except BatchConflict as error:
+        raise Problem(409, str(error)) from None
+    except Refused as error:
+        raise Problem(422, str(error)) from None
+    except Unavailable as error:
+        raise Problem(503, str(error), headers=_RETRY) from None
+    except TimeoutError:
+        raise Problem(503, "the store does not answer", headers=_RETRY) from None

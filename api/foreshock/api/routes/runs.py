@@ -1,0 +1,128 @@
+"""Announce a launch; list runs and look at one."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Query, Response
+
+from foreshock.api.problems import Problem
+from foreshock.api.registry import Attempt, LaunchConflict, LaunchRequest, Run
+from foreshock.api.schemas import (
+    AttemptBody,
+    LaunchAnswer,
+    LaunchBody,
+    RunBody,
+    RunDetail,
+    RunList,
+    number,
+)
+from foreshock.api.services import Services, ServicesDep, find_run
+from foreshock.monitor.record import HORIZONS, STATISTICS
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["runs"])
+
+_LIVE_FOR: Final = timedelta(minutes=2)
+_ID_LENGTH: Final = 32
+
+
+@router.post("/runs", operation_id="announceLaunch", status_code=201)
+def announce(body: LaunchBody, services: ServicesDep, response: Response) -> LaunchAnswer:
+    """Start an attempt of a run. The same launch_id gives the same answer (200)."""
+    if len(body.run) == _ID_LENGTH and all(c in "0123456789abcdef" for c in body.run):
+        raise Problem(422, "a run's name must not look like a run_id (32 hex digits)")
+    request = LaunchRequest(
+        project=body.project,
+        run=body.run,
+        launch_id=str(body.launch_id),
+        first_step=body.first_step,
+        parent_launch=str(body.parent_launch) if body.parent_launch else None,
+        config=body.config,
+        layers=tuple(dict.fromkeys(body.layers)),
+        tokens_per_step=body.tokens_per_step,
+        world_size=body.world_size,
+    )
+    try:
+        run_id, attempt, new = services.registry.launch(request)
+    except LaunchConflict as error:
+        raise Problem(409, str(error)) from None
+    except ValueError as error:
+        raise Problem(422, str(error)) from None
+    if not new:
+        response.status_code = 200
+    return LaunchAnswer(run_id=run_id, attempt=attempt)
+
+
+@router.get("/runs", operation_id="listRuns")
+def list_runs(
+    services: ServicesDep,
+    project: Annotated[str | None, Query(description="Only this one.")] = None,
+) -> RunList:
+    """All runs, the one heard of last first."""
+    runs = services.registry.runs(project)
+    runs.sort(key=_heard, reverse=True)
+    return RunList(runs=[RunBody(**_summary(services, run)) for run in runs])
+
+
+@router.get("/runs/{run}", operation_id="getRun")
+def get_run(run: str, services: ServicesDep, project: str = "default") -> RunDetail:
+    """One run, by run_id, or by name within a project."""
+    found = find_run(services, run, project)
+    kinds = services.store.tensor_kinds(found.run_id)
+    return RunDetail(
+        **_summary(services, found),
+        tokens_per_step=found.tokens_per_step,
+        world_size=found.world_size,
+        config=dict(found.config),
+        layers=services.registry.ordered_layers(found),
+        scalars=services.store.scalar_names(found.run_id),
+        roles=kinds.roles,
+        formats=kinds.formats,
+        statistics=list(STATISTICS),
+        history=[_attempt(item) for item in found.attempts],
+    )
+
+
+def _heard(run: Run) -> datetime:
+    return max((a.last_received for a in run.attempts if a.last_received), default=run.created_at)
+
+
+def _summary(services: Services, run: Run) -> dict[str, Any]:
+    current = run.current
+    latest = services.live.latest(run.run_id)
+    risk = latest.risk if latest else None
+    received = current.last_received if current else None
+    status = "new"
+    if received is not None:
+        status = "live" if datetime.now(UTC) - received < _LIVE_FOR else "quiet"
+    return {
+        "run_id": run.run_id,
+        "project": run.project,
+        "run": run.name,
+        "status": status,
+        "attempts": len(run.attempts),
+        "attempt": current.number if current else None,
+        "first_step": run.first_step,
+        "last_step": current.last_step if current else None,
+        "created_at": run.created_at,
+        "last_received": received,
+        "loss": number(current.last_loss) if current else None,
+        "state": risk.state if risk else None,
+        "kind": risk.kind if risk else None,
+        "risk": {str(h): number(risk.probability.get(h)) for h in HORIZONS} if risk else None,
+    }
+
+
+def _attempt(attempt: Attempt) -> AttemptBody:
+    return AttemptBody(
+        number=attempt.number,
+        launch_id=attempt.launch_id,
+        parent_launch=attempt.parent_launch,
+        first_step=attempt.first_step,
+        last_step=attempt.last_step,
+        started_at=attempt.started_at,
+        last_received=attempt.last_received,
+    )

@@ -1,0 +1,253 @@
+"""Bodies of requests and answers, typed for OpenAPI. Non-finite numbers stand as words.
+
+Holds shapes only; numbers are put through `record.encode_number` by `number` and `numbers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Annotated, Final, Literal
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic.config import JsonDict
+
+from foreshock.monitor.record import encode_number
+
+__all__ = [
+    "AttemptBody",
+    "BatchReceipt",
+    "Health",
+    "HeatmapBody",
+    "LaunchAnswer",
+    "LaunchBody",
+    "Number",
+    "RunBody",
+    "RunDetail",
+    "RunList",
+    "SeriesBody",
+    "number",
+    "numbers",
+]
+
+NonFinite = Literal["NaN", "Infinity", "-Infinity"]
+Number = float | NonFinite | None
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+LayerName = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+_RUN_EXAMPLE: Final[JsonDict] = {
+    "run_id": "5f0c8a1e9b7d4c3f8e2a6b1d0c9f7e5a",
+    "project": "default",
+    "run": "llama-1b",
+    "status": "live",
+    "attempts": 2,
+    "attempt": 2,
+    "first_step": 0,
+    "last_step": 4120,
+    "last_received": "2026-01-31T12:00:00Z",
+    "loss": 2.81,
+    "state": "pending",
+    "kind": "forecast",
+    "risk": {"10": 0.02, "100": 0.31, "1000": None},
+}
+
+
+def number(value: float | None) -> Number:
+    """A number for an answer."""
+    return encode_number(value)  # type: ignore[return-value]
+
+
+def numbers(values: Iterable[float | None]) -> list[Number]:
+    """Numbers for an answer."""
+    return [number(value) for value in values]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+
+class LaunchBody(_Body):
+    """One start of a training job."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "run": "llama-1b",
+                    "launch_id": "0b9f2c4e-6f1d-4a53-9d0e-2f7c1b8a6e35",
+                    "first_step": 0,
+                    "config": {"learning_rate": 0.0003},
+                    "layers": ["blocks.0.mlp.up", "blocks.0.mlp.down"],
+                    "tokens_per_step": 1048576,
+                    "world_size": 64,
+                }
+            ]
+        }
+    )
+
+    project: Name = Field("default", description="Group of runs.")
+    run: Name = Field(description="Name of the run, unique within its project.")
+    launch_id: UUID = Field(description="Made by the client once per process group.")
+    first_step: int = Field(0, ge=0, le=2**62, description="Step the launch starts at.")
+    parent_launch: UUID | None = Field(None, description="Launch whose checkpoint it starts from.")
+    config: dict[str, JsonValue] | None = Field(
+        None, description="Shown to people, never analysed."
+    )
+    layers: list[LayerName] = Field([], max_length=65_535, description="Layers in model order.")
+    tokens_per_step: int | None = Field(None, gt=0, le=2**62)
+    world_size: int | None = Field(None, gt=0, le=2**31 - 1)
+
+
+class LaunchAnswer(_Body):
+    """Where the records of a launch will go."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"run_id": _RUN_EXAMPLE["run_id"], "attempt": 1}]}
+    )
+
+    run_id: str
+    attempt: int = Field(description="Attempt that this launch starts, counted from 1.")
+
+
+class BatchReceipt(_Body):
+    """A batch is durable."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"duplicate": False, "attempts": [1], "records": 32}]}
+    )
+
+    duplicate: bool = Field(description="It was durable before this request.")
+    attempts: list[int] = Field(description="Attempts that its records belong to.")
+    records: int
+
+
+class AttemptBody(_Body):
+    """One stretch of a run without going back."""
+
+    number: int
+    launch_id: str
+    parent_launch: str | None
+    first_step: int
+    last_step: int | None
+    started_at: datetime
+    last_received: datetime | None
+
+
+class RunBody(_Body):
+    """A run at a glance."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_RUN_EXAMPLE]})
+
+    run_id: str
+    project: str
+    run: str
+    status: Literal["new", "live", "quiet"] = Field(
+        description="live = heard of within two minutes; new = no record yet."
+    )
+    attempts: int = Field(description="How many attempts there are.")
+    attempt: int | None = Field(description="The highest attempt that holds records.")
+    first_step: int | None
+    last_step: int | None = Field(description="Last step of that attempt.")
+    created_at: datetime | None = None
+    last_received: datetime | None
+    loss: Number = Field(description="Newest loss of that attempt.")
+    state: Literal["ok", "pending", "firing", "resolved"] | None = Field(
+        description="Alert state; null while the run is not analysed."
+    )
+    kind: Literal["forecast", "detection"] | None
+    risk: dict[str, Number] | None = Field(
+        description="Probability of divergence within so many steps; null where unsupported."
+    )
+
+
+class RunDetail(RunBody):
+    """A run with all that its page needs."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                _RUN_EXAMPLE
+                | {
+                    "tokens_per_step": 1048576,
+                    "world_size": 64,
+                    "config": {"learning_rate": 0.0003},
+                    "layers": ["blocks.0.mlp.up"],
+                    "scalars": ["grad_norm", "loss"],
+                    "statistics": ["amax", "kurtosis"],
+                    "history": [],
+                }
+            ]
+        }
+    )
+
+    tokens_per_step: int | None
+    world_size: int | None
+    config: dict[str, JsonValue]
+    layers: list[str] = Field(description="In model order.")
+    scalars: list[str] = Field(description="Names of the scalars it recorded.")
+    roles: list[str] = Field(description="Roles of its tensors.")
+    formats: list[str] = Field(description="Formats of its tensors.")
+    statistics: list[str] = Field(description="Statistics that may be asked for.")
+    history: list[AttemptBody] = Field(description="Its attempts, oldest first.")
+
+
+class RunList(_Body):
+    """All runs, the latest first."""
+
+    runs: list[RunBody]
+
+
+class SeriesBody(_Body):
+    """One series, downsampled into buckets of equal width in steps."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "step": [0, 2],
+                    "min": [2.5, "NaN"],
+                    "mean": [2.6, "NaN"],
+                    "max": [2.7, "NaN"],
+                    "nonfinite": [0, 2],
+                }
+            ]
+        }
+    )
+
+    step: list[int] = Field(description="First step of each bucket.")
+    min: list[Number] = Field(description="Smallest finite value; a word where none is finite.")
+    mean: list[Number]
+    max: list[Number]
+    nonfinite: list[int] = Field(description="Values of the bucket that were NaN or infinite.")
+
+
+class HeatmapBody(_Body):
+    """The worst value of a statistic per layer and bucket of steps."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "layers": ["blocks.0.mlp.up"],
+                    "steps": [0, 8],
+                    "values": [[3.1, None]],
+                    "worst": "max",
+                }
+            ]
+        }
+    )
+
+    layers: list[str] = Field(description="In model order.")
+    steps: list[int] = Field(description="First step of each bucket.")
+    values: list[list[Number]] = Field(description="One row per layer; null = not measured.")
+    worst: Literal["min", "max"] = Field(description="Which end of the statistic is the bad one.")
+
+
+class Health(_Body):
+    """Whether the service works."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok", "reasons": []}]})
+
+    status: Literal["ok", "failing"]
+    reasons: list[str]

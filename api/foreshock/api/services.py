@@ -1,0 +1,95 @@
+"""The parts of one running service, as routes see them.
+
+Made in `app.py`, kept in the application's state; knows no route.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+from fastapi import Depends, Request
+
+from foreshock.api.ingest import CommitListener, Ingest
+from foreshock.api.ledger import Ledger
+from foreshock.api.problems import Problem
+from foreshock.api.registry import Registry, Run
+from foreshock.api.settings import Settings
+from foreshock.api.store import Store, View
+from foreshock.monitor.record import Risk
+
+__all__ = ["Latest", "Live", "Services", "ServicesDep", "find_run", "view_of"]
+
+
+class Latest(Protocol):
+    """The newest answer about a run."""
+
+    @property
+    def risk(self) -> Risk:
+        """The risk at its newest step."""
+        ...
+
+
+class Live(CommitListener, Protocol):
+    """Live analysis, as the service runs it."""
+
+    def start(self) -> None:
+        """Start its worker."""
+
+    def stop(self) -> None:
+        """Finish and end its worker."""
+
+    def latest(self, run_id: str) -> Latest | None:
+        """The newest answer about a run, or None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """Everything a route may need."""
+
+    settings: Settings
+    registry: Registry
+    ledger: Ledger
+    store: Store
+    ingest: Ingest
+    live: Live
+
+
+def _services(request: Request) -> Services:
+    services = request.app.state.services
+    if not isinstance(services, Services):
+        raise TypeError("the application has not been started")
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+
+
+def find_run(services: Services, run: str, project: str = "default") -> Run:
+    """A run by id, or by name within a project.
+
+    Raises:
+        Problem: 404, there is none.
+    """
+    run_id = services.registry.run_id(run, project)
+    found = services.registry.run(run_id) if run_id is not None else None
+    if found is None:
+        raise Problem(
+            404, f"there is no run {run!r} in project {project!r}; POST /api/v1/runs first"
+        )
+    return found
+
+
+def view_of(run: Run, attempt: int | None, first_step: int, last_step: int) -> View:
+    """The records of a run that a request means.
+
+    Raises:
+        Problem: 404, the run has no such attempt.
+    """
+    if attempt is not None and all(a.number != attempt for a in run.attempts):
+        raise Problem(404, f"run {run.name!r} has no attempt {attempt}")
+    holding = [a.number for a in run.attempts if a.last_step is not None]
+    if attempt is None and len(holding) == 1:
+        # One attempt holds every step, so the search for the highest can be left out.
+        attempt = holding[0]
+    return View(run.run_id, attempt, first_step, last_step)

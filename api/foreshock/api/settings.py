@@ -1,0 +1,171 @@
+"""What the service is told at start, from `FORESHOCK_*` in the environment and the command line.
+
+Frozen, checked when made, and the only place that reads the environment. Holds secrets (the token,
+receivers' addresses), so its repr leaves them out.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, Self
+
+__all__ = ["Settings", "SettingsError", "is_loopback"]
+
+_MEBIBYTE: Final = 1024 * 1024
+_SHORTEST_TOKEN: Final = 16
+
+
+class SettingsError(ValueError):
+    """A setting is wrong; the message names it and says what is allowed."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a socket bound to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Settings of one service.
+
+    Attributes:
+        data_dir: Folder of the store and the registry; one process per folder.
+        host: Address to listen on. Any address but loopback needs a token.
+        port: TCP port; 0 takes a free one.
+        token: Bearer token; None lets everyone in who reaches the loopback address.
+        public_url: Where people reach the page, for links in alerts.
+        max_body_bytes: Largest request body as it comes in.
+        max_decoded_bytes: Largest body once decompressed (Arrow buffers counted decompressed).
+        max_json_bytes: Largest JSON body once decompressed; JSON costs far more memory than Arrow.
+        retention_days: Records received longer ago are deleted; 0 keeps them.
+        fsync: Whether an acknowledged batch survives a power cut (else only a killed process).
+        group_batches: Most batches in one INSERT.
+        group_milliseconds: Longest wait for a group to fill.
+        queue_batches: Batches waiting for the writer before new ones get 503.
+        queue_bytes: Their bytes in memory, likewise.
+        query_seconds: Longest run time of one read of the store.
+        query_bytes: Most memory of one read of the store.
+        query_clients: Reads of the store at the same time.
+        live_queue_batches: Batches waiting for live analysis before it re-reads from the store.
+        alert_urls: apprise addresses that get alerts.
+        alertmanager_urls: Alertmanager base addresses.
+
+    Raises:
+        SettingsError: A value is out of range, or the address is open and no token is set.
+    """
+
+    data_dir: Path = Path("foreshock-data")
+    host: str = "127.0.0.1"
+    port: int = 8420
+    token: str | None = field(default=None, repr=False)
+    public_url: str = ""
+    max_body_bytes: int = 64 * _MEBIBYTE
+    max_decoded_bytes: int = 256 * _MEBIBYTE
+    max_json_bytes: int = 32 * _MEBIBYTE
+    retention_days: int = 0
+    fsync: bool = True
+    group_batches: int = 32
+    group_milliseconds: int = 20
+    queue_batches: int = 256
+    queue_bytes: int = 1024 * _MEBIBYTE
+    query_seconds: int = 30
+    query_bytes: int = 2048 * _MEBIBYTE
+    query_clients: int = 4
+    live_queue_batches: int = 1024
+    alert_urls: tuple[str, ...] = field(default=(), repr=False)
+    alertmanager_urls: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(f"port is {self.port}; allowed: 0 (any free one) to 65535")
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.retention_days < 0:
+            raise SettingsError(
+                f"retention_days is {self.retention_days}; allowed: 0 (keep) or more"
+            )
+        if self.token is not None and len(self.token) < _SHORTEST_TOKEN:
+            raise SettingsError(
+                f"the token has {len(self.token)} characters; use {_SHORTEST_TOKEN} or more"
+            )
+        if self.token is None and not is_loopback(self.host):
+            raise SettingsError(
+                f"refusing to listen on {self.host} without a token: anyone could read and write. "
+                "Set FORESHOCK_TOKEN (or --token), or listen on 127.0.0.1"
+            )
+
+    @classmethod
+    def from_environment(
+        cls, environment: Mapping[str, str], overrides: Mapping[str, object] | None = None
+    ) -> Self:
+        """Read `FORESHOCK_<NAME>` for every attribute (`FORESHOCK_DATA` for the folder).
+
+        Args:
+            environment: Usually `os.environ`. Empty values count as not set.
+            overrides: Attribute name to value; None counts as not given. Wins.
+
+        Raises:
+            SettingsError: A value does not parse, or the settings do not fit together.
+        """
+        values: dict[str, Any] = {}
+        for item in fields(cls):
+            variable = _VARIABLES.get(item.name, f"FORESHOCK_{item.name.upper()}")
+            text = environment.get(variable, "").strip()
+            if text:
+                values[item.name] = _parse(variable, text, _parser(item.default))
+        values |= {k: v for k, v in (overrides or {}).items() if v is not None}
+        return cls(**values)
+
+
+_VARIABLES: Final = {"data_dir": "FORESHOCK_DATA"}
+_POSITIVE: Final = (
+    "max_body_bytes",
+    "max_decoded_bytes",
+    "max_json_bytes",
+    "group_batches",
+    "group_milliseconds",
+    "queue_batches",
+    "queue_bytes",
+    "query_seconds",
+    "query_bytes",
+    "query_clients",
+    "live_queue_batches",
+)
+_TRUTH: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in _TRUTH:
+        raise ValueError(f"{text!r}; allowed: {', '.join(_TRUTH)}")
+    return _TRUTH[text.lower()]
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",", " ").split())
+
+
+def _parser(default: object) -> Callable[[str], object]:
+    # bool first: it is an int too.
+    if isinstance(default, bool):
+        return _boolean
+    if isinstance(default, int):
+        return int
+    if isinstance(default, tuple):
+        return _list
+    return Path if isinstance(default, Path) else str
+
+
+def _parse(variable: str, text: str, parser: Callable[[str], object]) -> object:
+    try:
+        return parser(text)
+    except ValueError as error:
+        raise SettingsError(f"{variable} does not read: {error}") from None

@@ -1,0 +1,404 @@
+"""The store of statistics: ClickHouse in this process, written by one thread, read by many.
+
+Reads are exact at any time: where two rows have one key, the newest batch's wins, merged or not.
+Knows no HTTP and no ledger; ingest decides what is acknowledged.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from foreshock.api.store_engine import Engine, Limits, StoreBusy, StoreError
+from foreshock.api.store_query import (
+    SMALLEST_IS_WORST,
+    SeriesKey,
+    View,
+    bounds_sql,
+    heatmap_sql,
+    scalar_series_sql,
+    tensor_series_sql,
+    view_sql,
+)
+from foreshock.api.store_rows import assemble_records, widen
+from foreshock.api.store_schema import (
+    DATABASE,
+    FACT_TABLES,
+    NO_EXPERT,
+    RISK_SCHEMA,
+    TENSOR_KEY,
+    ddl,
+)
+from foreshock.monitor.record import ROLES, TENSOR_TYPE
+
+__all__ = [
+    "Heatmap",
+    "Limits",
+    "Series",
+    "SeriesKey",
+    "Store",
+    "StoreBusy",
+    "StoreError",
+    "TensorKinds",
+    "View",
+]
+
+_NAMES_BY_RUN = Callable[[str], Sequence[str]]
+_CHUNK_STEPS: Final = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One series, downsampled.
+
+    Attributes (equal lengths, one entry per bucket that holds a value):
+        step: First step in the bucket that holds a value.
+        low, mean, high: Over the finite values; where none is finite, one of the others.
+        nonfinite: How many values were NaN or infinite.
+    """
+
+    step: tuple[int, ...]
+    low: tuple[float, ...]
+    mean: tuple[float, ...]
+    high: tuple[float, ...]
+    nonfinite: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heatmap:
+    """The worst value of a statistic per layer and bucket of steps.
+
+    Attributes:
+        steps: First step of each bucket.
+        values: Layer name to one value per bucket; None where nothing was measured.
+    """
+
+    steps: tuple[int, ...]
+    values: Mapping[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorKinds:
+    """What tensors a run has; roles in the order of `ROLES`."""
+
+    roles: list[str]
+    formats: list[str]
+
+
+class Store:
+    """Tables of facts and of risk."""
+
+    def __init__(
+        self,
+        path: Path,
+        layer_names: _NAMES_BY_RUN,
+        *,
+        limits: Limits | None = None,
+        fsync: bool = True,
+        retention_days: int = 0,
+    ) -> None:
+        """Open the store, making it if it is not there.
+
+        Args:
+            path: Its folder; one process at a time.
+            layer_names: From run_id to layer names, the position being the stored id.
+            limits: What one query may cost.
+            fsync: Whether facts are synced to disk before `append` returns.
+            retention_days: Facts received longer ago are deleted; 0 keeps them.
+
+        Raises:
+            StoreError: The folder cannot be used.
+        """
+        self._engine = Engine(path, limits or Limits())
+        self._layer_names = layer_names
+        self._facts = self._engine.writer()
+        self._derived = self._engine.writer()
+        self._derived_lock = threading.Lock()
+        for statement in ddl(fsync=fsync, retention_days=retention_days):
+            self._facts.command(statement)
+
+    def close(self) -> None:
+        """Close the engine; nothing may be running."""
+        self._engine.close()
+
+    def hung_seconds(self) -> float:
+        """Above 0 when a query outlived its limit by more than ten seconds: restart the service."""
+        return self._engine.hung_seconds()
+
+    # Writing: the ingest thread
+
+    def append(self, groups: Sequence[Mapping[str, pa.Table]]) -> None:
+        """Insert the rows of several batches, one INSERT per table; returns once they are durable.
+
+        Raises:
+            StoreError: It failed, and some rows may be in: call `discard_after`.
+        """
+        # steps last: a step that can be seen has its other rows.
+        for table in reversed(FACT_TABLES):
+            rows = [group[table] for group in groups if table in group]
+            if rows:
+                self._facts.insert(
+                    f"{DATABASE}.{table}", pa.concat_tables(rows).unify_dictionaries()
+                )
+
+    def discard_after(self, commit: int) -> int:
+        """Remove facts of batches that were never acknowledged.
+
+        Args:
+            commit: Number of the newest acknowledged batch.
+
+        Returns:
+            How many rows were removed.
+
+        Raises:
+            StoreError: It failed; call again before anything is appended.
+        """
+        removed = 0
+        for table in FACT_TABLES:
+            count = self._engine.read(
+                f"SELECT count() AS n FROM {DATABASE}.{table} WHERE ver > {{commit:UInt64}}",
+                {"commit": commit},
+            )["n"][0].as_py()
+            if count:
+                self._facts.command(
+                    f"ALTER TABLE {DATABASE}.{table} DELETE WHERE ver > {{commit:UInt64}}"
+                    " SETTINGS mutations_sync = 1",
+                    {"commit": commit},
+                )
+            removed += int(count)
+        return removed
+
+    # Writing: live analysis
+
+    def append_risk(self, run_id: str, attempt: int, table: pa.Table) -> None:
+        """Add risk rows (`RISK_SCHEMA`); the newest row of a step and horizon wins.
+
+        Raises:
+            StoreError: It failed.
+        """
+        count = table.num_rows
+        rows = pa.table({field.name: table[field.name].cast(field.type) for field in RISK_SCHEMA})
+        rows = rows.append_column("run_id", pa.array([run_id] * count, pa.string()))
+        rows = rows.append_column("attempt", pa.array([attempt] * count, pa.uint32()))
+        rows = rows.append_column("ver", pa.array([time.time_ns()] * count, pa.uint64()))
+        with self._derived_lock:
+            self._derived.insert(f"{DATABASE}.risk", rows)
+
+    # Reading
+
+    def risk_history(
+        self, run_id: str, attempt: int | None, first_step: int, last_step: int
+    ) -> pa.Table:
+        """Risk rows (`RISK_SCHEMA`), by step and horizon; attempt None is the default view."""
+        view = View(run_id, attempt, first_step, last_step)
+        columns = ", ".join(RISK_SCHEMA.names)
+        sql = f"SELECT {columns} {view_sql(view, 'risk')}"
+        sql += " ORDER BY step, horizon, ver DESC LIMIT 1 BY step, horizon"
+        return self._engine.read(sql, view.parameters).cast(RISK_SCHEMA)
+
+    def last_risk_step(self, run_id: str, attempt: int) -> int | None:
+        """The newest step of an attempt with a risk row, or None."""
+        view = View(run_id, attempt)
+        sql = f"SELECT max(step) AS step, count() AS n {view_sql(view, 'risk')}"
+        row = self._engine.read(sql, view.parameters).to_pylist()[0]
+        return int(row["step"]) if row["n"] else None
+
+    def step_window(self, view: View) -> pa.Table:
+        """step, time and attempt of the records of a view, by step."""
+        sql = f"SELECT step, time, attempt {view_sql(view, 'steps')}"
+        sql += " ORDER BY step, attempt DESC, ver DESC LIMIT 1 BY step"
+        return self._engine.read(sql, view.parameters)
+
+    def scalar_rows(self, view: View) -> pa.Table:
+        """step, name and value of the scalars of a view, by step."""
+        sql = f"SELECT step, name, value {view_sql(view, 'scalars')}"
+        sql += " ORDER BY step, name, ver DESC LIMIT 1 BY step, name"
+        return self._engine.read(sql, view.parameters)
+
+    def scalar_names(self, run_id: str) -> list[str]:
+        """Names of the scalars that a run ever recorded, sorted."""
+        sql = f"SELECT DISTINCT name FROM {DATABASE}.scalars WHERE run_id = {{run:String}}"
+        return sorted(self._engine.read(sql, {"run": run_id})["name"].to_pylist())
+
+    def tensor_kinds(self, run_id: str) -> TensorKinds:
+        """Roles and formats of a run's tensors."""
+        sql = (
+            f"SELECT groupUniqArray(role) AS roles, groupUniqArray(format) AS formats"
+            f" FROM {DATABASE}.tensor_stats WHERE run_id = {{run:String}}"
+        )
+        row = self._engine.read(sql, {"run": run_id}).to_pylist()[0]
+        return TensorKinds(
+            roles=[role for role in ROLES if role in row["roles"]], formats=sorted(row["formats"])
+        )
+
+    def event_rows(self, view: View) -> pa.Table:
+        """`step` and the columns of an event, by step and position."""
+        sql = (
+            "SELECT step, kind, micro_batch, layer, role, rank, detail"
+            f" {view_sql(view, 'events')} ORDER BY step, position, ver DESC"
+            " LIMIT 1 BY step, position"
+        )
+        return self._engine.read(sql, view.parameters)
+
+    def tensor_rows(self, view: View) -> pa.Table:
+        """`step` and the columns of `TENSOR_TYPE`, by step and layer in stored order."""
+        key = ", ".join(TENSOR_KEY)
+        names = ", ".join(field.name for field in TENSOR_TYPE)
+        sql = f"SELECT step, {names} {view_sql(view, 'tensor_stats')}"
+        sql += f" ORDER BY step, {key}, ver DESC LIMIT 1 BY {key}"
+        return self._with_names(view.run_id, self._engine.read(sql, view.parameters))
+
+    def tensor_window(
+        self, run_id: str, attempt: int | None, first_step: int, last_step: int
+    ) -> pa.Table:
+        """`tensor_rows` of a range of steps, ends included."""
+        return self.tensor_rows(View(run_id, attempt, first_step, last_step))
+
+    def scalar_window(
+        self, run_id: str, attempt: int | None, first_step: int, last_step: int
+    ) -> pa.Table:
+        """step, time and one column per scalar, null where it was not measured; by step."""
+        view = View(run_id, attempt, first_step, last_step)
+        rows = self.scalar_rows(view)
+        names = sorted(set(rows["name"].to_pylist()))
+        return widen(self.step_window(view), rows, names)
+
+    def record_window(
+        self, run_id: str, attempt: int | None, first_step: int, last_step: int
+    ) -> pa.Table:
+        """Whole records (`record.SCHEMA`) of a range of steps, ends included; by step."""
+        view = View(run_id, attempt, first_step, last_step)
+        return assemble_records(
+            self.step_window(view),
+            self.scalar_rows(view),
+            self.event_rows(view),
+            self.tensor_rows(view),
+        )
+
+    def record_chunks(self, view: View) -> Iterator[pa.Table]:
+        """Whole records of a view in pieces of bounded size, by step."""
+        for piece in self._pieces(view):
+            table = self.record_window(view.run_id, view.attempt, piece.first_step, piece.last_step)
+            if table.num_rows:
+                yield table
+
+    def scalar_chunks(self, view: View) -> Iterator[tuple[pa.Table, pa.Table]]:
+        """`step_window` and `scalar_rows` of a view in pieces of bounded size, by step."""
+        for piece in self._pieces(view):
+            steps = self.step_window(piece)
+            if steps.num_rows:
+                yield steps, self.scalar_rows(piece)
+
+    def _pieces(self, view: View) -> Iterator[View]:
+        # By the chunks that exist: steps may lie far apart.
+        sql = f"SELECT DISTINCT intDiv(step, {_CHUNK_STEPS}) AS chunk {view_sql(view, 'steps')}"
+        for chunk in self._engine.read(sql + " ORDER BY chunk", view.parameters)["chunk"]:
+            first = int(chunk.as_py()) * _CHUNK_STEPS
+            last = min(view.last_step, first + _CHUNK_STEPS - 1)
+            yield replace(view, first_step=max(view.first_step, first), last_step=last)
+
+    def bounds(self, view: View) -> tuple[int, int] | None:
+        """First and last step of a view, or None if it holds no record."""
+        row = self._engine.read(bounds_sql(view), view.parameters).to_pylist()[0]
+        return (int(row["low"]), int(row["high"])) if row["n"] else None
+
+    def counts(self, run_id: str, *, exact: bool = True) -> dict[str, int]:
+        """Rows per table of facts: distinct keys, or raw rows as they lie on disk."""
+        keys = {
+            "steps": "attempt, step",
+            "scalars": "attempt, step, name",
+            "events": "attempt, step, position",
+            "tensor_stats": ", ".join(TENSOR_KEY),
+        }
+        found = {}
+        for table, key in keys.items():
+            what = f"uniqExact({key})" if exact else "count()"
+            sql = f"SELECT {what} AS n FROM {DATABASE}.{table} WHERE run_id = {{run:String}}"
+            found[table] = int(self._engine.read(sql, {"run": run_id})["n"][0].as_py())
+        return found
+
+    def scalar_series(self, view: View, name: str, points: int) -> Series:
+        """One scalar in at most `points` buckets of equal width in steps."""
+        bounds = self.bounds(view)
+        if bounds is None:
+            return _series(None)
+        values = {"name": name, "origin": bounds[0], "width": _width(bounds, points)}
+        return _series(self._engine.read(scalar_series_sql(view), view.parameters | values))
+
+    def tensor_series(self, view: View, key: SeriesKey, points: int) -> Series:
+        """One statistic of one tensor in at most `points` buckets of equal width in steps."""
+        bounds = self.bounds(view)
+        if bounds is None:
+            return _series(None)
+        values = key.parameters | {"origin": bounds[0], "width": _width(bounds, points)}
+        sql = tensor_series_sql(view, key)
+        return _series(self._engine.read(sql, view.parameters | values))
+
+    def heatmap(
+        self, view: View, role: str, statistic: str, points: int, number_format: str | None = None
+    ) -> Heatmap:
+        """The worst value per layer and bucket, over calls and experts; layers in stored order."""
+        bounds = self.bounds(view)
+        if bounds is None:
+            return Heatmap(steps=(), values={})
+        width = _width(bounds, points)
+        values: dict[str, Any] = {"role": role, "origin": bounds[0], "width": width}
+        if number_format is not None:
+            values["format"] = number_format
+        smallest = statistic in SMALLEST_IS_WORST
+        sql = heatmap_sql(
+            view, statistic, smallest=smallest, format_given=number_format is not None
+        )
+        rows = self._engine.read(sql, view.parameters | values)
+        steps = tuple(range(bounds[0], bounds[1] + 1, width))
+        return Heatmap(steps=steps, values=self._grid(view.run_id, rows, len(steps)))
+
+    def _grid(
+        self, run_id: str, rows: pa.Table, buckets: int
+    ) -> dict[str, tuple[float | None, ...]]:
+        names = self._layer_names(run_id)
+        grid: dict[int, list[float | None]] = {}
+        columns = (rows[name].to_pylist() for name in ("layer", "bucket", "value", "odd"))
+        for layer, bucket, value, odd in zip(*columns, strict=True):
+            line = grid.setdefault(layer, [None] * buckets)
+            line[bucket] = odd if value is None else value
+        return {names[layer]: tuple(line) for layer, line in sorted(grid.items())}
+
+    def _with_names(self, run_id: str, rows: pa.Table) -> pa.Table:
+        names = pa.array(list(self._layer_names(run_id)), pa.string())
+        position = rows.schema.get_field_index("layer")
+        layer = names.take(rows["layer"].combine_chunks()) if rows.num_rows else names.slice(0, 0)
+        rows = rows.set_column(position, "layer", layer)
+        expert = np.ma.masked_equal(rows["expert"].to_numpy(), NO_EXPERT)
+        position = rows.schema.get_field_index("expert")
+        filled = pa.array(expert.data, pa.int32(), mask=np.ma.getmaskarray(expert))
+        return rows.set_column(position, "expert", filled)
+
+
+def _width(bounds: tuple[int, int], points: int) -> int:
+    return max(1, -(-(bounds[1] - bounds[0] + 1) // points))
+
+
+def _series(rows: pa.Table | None) -> Series:
+    if rows is None:
+        return Series(step=(), low=(), mean=(), high=(), nonfinite=())
+    odd = rows["odd"].to_pylist()
+
+    def column(name: str) -> tuple[float, ...]:
+        found = rows[name].to_pylist()
+        return tuple(o if v is None else v for v, o in zip(found, odd, strict=True))
+
+    return Series(
+        step=tuple(rows["step"].to_pylist()),
+        low=column("low"),
+        mean=column("mean"),
+        high=column("high"),
+        nonfinite=tuple(rows["nonfinite"].to_pylist()),
+    )

@@ -1,0 +1,164 @@
+"""The store's SQL: small texts with bound parameters, and which rows a view of a run means.
+
+Names of tables and statistics are checked against the vocabulary before they enter a text; values
+never enter one. Runs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from foreshock.api.store_schema import DATABASE, TENSOR_KEY
+from foreshock.monitor.record import STATISTICS
+
+__all__ = [
+    "SMALLEST_IS_WORST",
+    "SeriesKey",
+    "View",
+    "bounds_sql",
+    "heatmap_sql",
+    "scalar_series_sql",
+    "tensor_series_sql",
+    "view_sql",
+]
+
+LAST_STEP: Final = 2**63 - 1
+
+SMALLEST_IS_WORST: Final = ("headroom_log2", "sqnr_db", "min_nonzero")
+"""Statistics where the small value is the bad one; for the others it is the large one."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Which records of a run are meant.
+
+    Attributes:
+        run_id: The run.
+        attempt: One attempt, or None: at each step the highest attempt that holds it.
+        first_step: First step.
+        last_step: Last step, included.
+    """
+
+    run_id: str
+    attempt: int | None = None
+    first_step: int = 0
+    last_step: int = LAST_STEP
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Values for the placeholders of `view_sql`."""
+        values: dict[str, Any] = {"run": self.run_id}
+        values |= {"first": self.first_step, "last": self.last_step}
+        return values if self.attempt is None else values | {"attempt": self.attempt}
+
+
+_STEPS: Final = "run_id = {run:String} AND step BETWEEN {first:Int64} AND {last:Int64}"
+
+
+def bounds_sql(view: View) -> str:
+    """First and last step of a view, and whether it holds any."""
+    # The highest attempts at each step cover the same steps as all attempts together.
+    only = "" if view.attempt is None else " AND attempt = {attempt:UInt32}"
+    return (
+        "SELECT min(step) AS low, max(step) AS high, count() AS n"
+        f" FROM {DATABASE}.steps WHERE {_STEPS}{only}"
+    )
+
+
+def view_sql(view: View, table: str) -> str:
+    """FROM and WHERE for the rows of a view."""
+    where = _STEPS
+    if table == "tensor_stats":
+        # The engine does not derive the chunk from the step, and reads 5 times as much without.
+        where += (
+            " AND intDiv(step, 1024) BETWEEN intDiv({first:Int64}, 1024)"
+            " AND intDiv({last:Int64}, 1024)"
+        )
+    if view.attempt is not None:
+        where += " AND attempt = {attempt:UInt32}"
+    else:
+        where += (
+            f" AND (step, attempt) IN (SELECT step, max(attempt) FROM {DATABASE}.steps"
+            f" WHERE {_STEPS} GROUP BY step)"
+        )
+    return f"FROM {DATABASE}.{table} WHERE {where}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeriesKey:
+    """Which series of a tensor is meant.
+
+    Attributes:
+        layer: Id of the layer.
+        role: Role of the tensor.
+        statistic: One of `STATISTICS`.
+        call_index: Call of the module.
+        expert: Expert, -1 outside mixtures of experts.
+        format: None = the format the run used, else that one, what-if rows included.
+    """
+
+    layer: int
+    role: str
+    statistic: str
+    call_index: int = 0
+    expert: int = -1
+    format: str | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Values for the placeholders of `tensor_series_sql`."""
+        values: dict[str, Any] = {"layer": self.layer, "role": self.role}
+        values |= {"call": self.call_index, "expert": self.expert}
+        return values if self.format is None else values | {"format": self.format}
+
+
+def _checked(statistic: str) -> str:
+    if statistic not in STATISTICS:
+        raise ValueError(f"unknown statistic {statistic!r}; known: {', '.join(STATISTICS)}")
+    return statistic
+
+
+def _buckets(inner: str) -> str:
+    return (
+        "SELECT min(s) AS step, minOrNullIf(v, isFinite(v)) AS low,"
+        " avgOrNullIf(v, isFinite(v)) AS mean, maxOrNullIf(v, isFinite(v)) AS high,"
+        " countIf(NOT isFinite(v)) AS nonfinite, anyOrNullIf(v, NOT isFinite(v)) AS odd,"
+        " intDiv(s - {origin:Int64}, {width:Int64}) AS bucket"
+        f" FROM ({inner}) WHERE v IS NOT NULL GROUP BY bucket ORDER BY bucket"
+    )
+
+
+def scalar_series_sql(view: View) -> str:
+    """Buckets of one scalar; placeholders of the view, name, origin, width."""
+    rows = view_sql(view, "scalars")
+    return _buckets(
+        "SELECT step AS s, argMax(tuple(toNullable(value)), (attempt, ver)).1 AS v "
+        f"{rows} AND name = {{name:String}} GROUP BY step"
+    )
+
+
+def tensor_series_sql(view: View, key: SeriesKey) -> str:
+    """Buckets of one statistic of one tensor; placeholders of view and key, origin, width."""
+    rows = view_sql(view, "tensor_stats")
+    which = "what_if = 0" if key.format is None else "format = {format:String}"
+    return _buckets(
+        f"SELECT step AS s, argMax(tuple({_checked(key.statistic)}), (attempt, ver)).1 AS v {rows}"
+        " AND layer = {layer:UInt16} AND role = {role:String} AND call_index = {call:Int32}"
+        f" AND expert = {{expert:Int32}} AND {which} GROUP BY step"
+    )
+
+
+def heatmap_sql(view: View, statistic: str, *, smallest: bool, format_given: bool) -> str:
+    """The worst value per layer and bucket; placeholders of the view, role, origin, width."""
+    rows = view_sql(view, "tensor_stats")
+    worst = "minOrNullIf" if smallest else "maxOrNullIf"
+    which = "format = {format:String}" if format_given else "what_if = 0"
+    key = ", ".join(name for name in TENSOR_KEY if name not in ("attempt", "what_if"))
+    return (
+        f"SELECT layer, intDiv(step - {{origin:Int64}}, {{width:Int64}}) AS bucket,"
+        f" {worst}(v, isFinite(v)) AS value, anyOrNullIf(v, NOT isFinite(v)) AS odd FROM"
+        f" (SELECT {key}, argMax(tuple({_checked(statistic)}), (attempt, ver)).1 AS v {rows}"
+        f" AND role = {{role:String}} AND {which} GROUP BY {key})"
+        " WHERE v IS NOT NULL GROUP BY layer, bucket ORDER BY layer, bucket"
+    )

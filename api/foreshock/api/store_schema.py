@@ -1,0 +1,153 @@
+"""Tables of the store, as ClickHouse DDL and as the Arrow schemas that go in and out.
+
+The columns of tensor statistics are those of the record; run, attempt and layer are ids. Every fact
+carries `ver`, the number of its batch in the ledger: the higher one wins where two rows have one
+key, and rows above the ledger's newest number are not acknowledged. Holds no query.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pyarrow as pa
+
+from foreshock.monitor.record import STATISTICS, TENSOR_TYPE
+
+__all__ = [
+    "DATABASE",
+    "FACT_TABLES",
+    "NO_EXPERT",
+    "RISK_SCHEMA",
+    "TENSOR_KEY",
+    "ddl",
+]
+
+DATABASE: Final = "foreshock"
+FACT_TABLES: Final = ("steps", "scalars", "events", "tensor_stats")
+NO_EXPERT: Final = -1
+"""`expert` outside mixtures of experts: a sort key holds no nulls."""
+
+TENSOR_KEY: Final = (
+    "layer",
+    "role",
+    "call_index",
+    "format",
+    "what_if",
+    "expert",
+    "granularity",
+    "attempt",
+    "step",
+)
+
+RISK_SCHEMA: Final = pa.schema(
+    [
+        pa.field("step", pa.int64()),
+        pa.field("time", pa.timestamp("us", tz="UTC")),
+        pa.field("horizon", pa.int32()),
+        pa.field("probability", pa.float64()),
+        pa.field("low", pa.float64()),
+        pa.field("high", pa.float64()),
+        pa.field("expected_lead", pa.float64()),
+        pa.field("kind", pa.string()),
+        pa.field("state", pa.string()),
+        pa.field("model_version", pa.string()),
+    ]
+)
+"""One row per step and horizon; nulls where the model cannot say."""
+
+_CODECS: Final = {"step": "CODEC(Delta(8), ZSTD(1))", "ver": "CODEC(Delta(8), ZSTD(1))"}
+_TYPES: Final = {pa.float32(): "Float32", pa.int32(): "Int32", pa.int64(): "Int64"}
+
+
+def _statistic_columns() -> dict[str, str]:
+    return {
+        name: f"Nullable({_TYPES[TENSOR_TYPE.field(name).type]}) CODEC(ZSTD(1))"
+        for name in STATISTICS
+    }
+
+
+_COLUMNS: Final[dict[str, dict[str, str]]] = {
+    "steps": {"time": "DateTime64(6, 'UTC') CODEC(Delta(8), ZSTD(1))"},
+    "scalars": {"name": "LowCardinality(String)", "value": "Float64 CODEC(ZSTD(1))"},
+    "events": {
+        "position": "UInt32",
+        "kind": "LowCardinality(String)",
+        "micro_batch": "Nullable(Int32)",
+        "layer": "Nullable(String)",
+        "role": "Nullable(String)",
+        "rank": "Nullable(Int32)",
+        "detail": "Nullable(String)",
+    },
+    "tensor_stats": {
+        "layer": "UInt16",
+        "call_index": "Int32",
+        "role": "LowCardinality(String)",
+        "expert": "Int32",
+        "format": "LowCardinality(String)",
+        "granularity": "LowCardinality(String)",
+        "what_if": "Bool",
+        "numel": "Int64 CODEC(ZSTD(1))",
+        "observations": "Nullable(Int32) CODEC(ZSTD(1))",
+        **_statistic_columns(),
+    },
+    "risk": {
+        "time": "DateTime64(6, 'UTC') CODEC(Delta(8), ZSTD(1))",
+        "horizon": "Int32",
+        "probability": "Nullable(Float64)",
+        "low": "Nullable(Float64)",
+        "high": "Nullable(Float64)",
+        "expected_lead": "Nullable(Float64)",
+        "kind": "LowCardinality(Nullable(String))",
+        "state": "LowCardinality(String)",
+        "model_version": "LowCardinality(String)",
+    },
+}
+
+_ORDER: Final = {
+    "steps": "run_id, attempt, step",
+    "scalars": "run_id, name, attempt, step",
+    "events": "run_id, attempt, step, position",
+    # One series lies together per 1,024 steps, so a series reads short ranges and a window of the
+    # newest steps touches one or two chunks, however long the run.
+    "tensor_stats": f"run_id, intDiv(step, 1024), {', '.join(TENSOR_KEY)}",
+    "risk": "run_id, attempt, step, horizon",
+}
+
+
+def ddl(*, fsync: bool, retention_days: int) -> list[str]:
+    """Statements that make the database; safe to run again.
+
+    Args:
+        fsync: Sync every INSERT of facts to disk before it returns.
+        retention_days: Delete what was received longer ago; 0 keeps everything.
+    """
+    statements = [f"CREATE DATABASE IF NOT EXISTS {DATABASE}"]
+    for table, columns in _COLUMNS.items():
+        synced = int(fsync and table in FACT_TABLES)
+        statements.append(_create(table, columns, synced))
+        statements.append(_retention(table, retention_days))
+    return statements
+
+
+def _create(table: str, columns: dict[str, str], synced: int) -> str:
+    full = {"run_id": "LowCardinality(String)", "attempt": "UInt32", "step": "Int64", **columns}
+    full |= {"ver": "UInt64", "received": "DateTime DEFAULT now() CODEC(Delta(4), ZSTD(1))"}
+    body = ", ".join(f"{name} {kind} {_CODECS.get(name, '')}" for name, kind in full.items())
+    # Partitions by time of receipt: a record's own time is the client's and may be anything.
+    return (
+        f"CREATE TABLE IF NOT EXISTS {DATABASE}.{table} "
+        f"({body}, INDEX ver_range ver TYPE minmax GRANULARITY 16) "
+        f"ENGINE = ReplacingMergeTree(ver) PARTITION BY toYYYYMM(received) "
+        f"ORDER BY ({_ORDER[table]}) "
+        f"SETTINGS fsync_after_insert = {synced}, fsync_part_directory = {synced}, "
+        "ttl_only_drop_parts = 1"
+    )
+
+
+def _retention(table: str, days: int) -> str:
+    # A date in the far future stands for "keep": a table without TTL refuses REMOVE TTL.
+    span = f"INTERVAL {days} DAY" if days else "INTERVAL 50 YEAR"
+    return (
+        f"ALTER TABLE {DATABASE}.{table} MODIFY TTL received + {span} "
+        "SETTINGS materialize_ttl_after_modify = 0"
+    )

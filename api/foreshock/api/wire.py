@@ -1,0 +1,195 @@
+"""The body of a batch, from bytes to a validated table: encoding, size limits, digest, contract.
+
+Knows no HTTP and no store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import zstandard
+
+from foreshock.api.arrowguard import BodyTooLarge, read_guarded
+from foreshock.monitor.record import RecordError, conform, flatten_tensors, json_to_table, validate
+
+__all__ = [
+    "ARROW",
+    "ENCODINGS",
+    "JSON",
+    "BodyLimits",
+    "BodyTooLarge",
+    "UnknownEncoding",
+    "decode_body",
+    "digest",
+    "read_batch",
+]
+
+ARROW: Final = "application/vnd.apache.arrow.stream"
+JSON: Final = "application/json"
+ENCODINGS: Final = ("identity", "gzip", "zstd")
+
+_PIECE: Final = 1024 * 1024
+# One block of zstd turns 4 bytes into 128 KiB at most, so that a piece makes at most 64 MiB.
+_ZSTD_PIECE: Final = 2048
+_IDENTITY: Final = ("layer", "call_index", "role", "expert", "format", "granularity", "what_if")
+# Below it the product with one more column's distinct values fits 64 bits.
+_DENSE_BELOW: Final = 2**31
+_MICROSECONDS: Final = pa.timestamp("us", tz="UTC")
+# What the store's column holds, with room on either side.
+_EARLIEST: Final = pa.scalar(datetime(1970, 1, 1, tzinfo=UTC), _MICROSECONDS)
+_LATEST: Final = pa.scalar(datetime(2200, 1, 1, tzinfo=UTC), _MICROSECONDS)
+
+Codes = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class UnknownEncoding(ValueError):
+    """The Content-Encoding is none that the service reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Largest bodies once decompressed, in bytes."""
+
+    arrow: int
+    json: int
+
+
+def digest(body: bytes) -> str:
+    """SHA-256 of a decoded body, as hex."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def decode_body(body: bytes, encoding: str, limit: int) -> bytes:
+    """Undo the Content-Encoding.
+
+    Raises:
+        UnknownEncoding: It is none of `ENCODINGS`.
+        BodyTooLarge: The result would pass the limit.
+        RecordError: The compressed data is damaged or cut short.
+    """
+    name = encoding.strip().lower()
+    if name in ("", "identity"):
+        return body
+    if name == "zstd":
+        return _decode_zstd(body, limit)
+    if name in ("gzip", "x-gzip"):
+        return _decode_gzip(body, limit)
+    raise UnknownEncoding(
+        f"Content-Encoding {encoding!r} is not read; allowed: {', '.join(ENCODINGS)}"
+    )
+
+
+def _decode_zstd(body: bytes, limit: int) -> bytes:
+    decoder = zstandard.ZstdDecompressor(max_window_size=128 * 1024 * 1024).decompressobj()
+    parts = _Parts(limit)
+    try:
+        for start in range(0, len(body), _ZSTD_PIECE):
+            if decoder.eof:
+                raise RecordError("data follows the zstd frame; send one frame")
+            parts.add(decoder.decompress(body[start : start + _ZSTD_PIECE]))
+    except zstandard.ZstdError as error:
+        raise RecordError(f"the zstd data is damaged: {error}") from None
+    if not decoder.eof:
+        raise RecordError("the zstd data is cut short")
+    if decoder.unused_data:
+        raise RecordError("data follows the zstd frame; send one frame")
+    return parts.joined()
+
+
+def _decode_gzip(body: bytes, limit: int) -> bytes:
+    decoder = zlib.decompressobj(wbits=31)
+    parts = _Parts(limit)
+    rest = body
+    try:
+        while rest and not decoder.eof:
+            parts.add(decoder.decompress(rest, _PIECE))
+            rest = decoder.unconsumed_tail
+        parts.add(decoder.flush())
+    except zlib.error as error:
+        raise RecordError(f"the gzip data is damaged: {error}") from None
+    if not decoder.eof:
+        raise RecordError("the gzip data is cut short")
+    if decoder.unused_data:
+        raise RecordError("data follows the gzip member; send one member")
+    return parts.joined()
+
+
+class _Parts:
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._size = 0
+        self._parts: list[bytes] = []
+
+    def add(self, part: bytes) -> None:
+        self._size += len(part)
+        if self._size > self._limit:
+            raise BodyTooLarge(f"the body decompresses to more than {self._limit} bytes")
+        self._parts.append(part)
+
+    def joined(self) -> bytes:
+        return b"".join(self._parts)
+
+
+def read_batch(body: bytes, media_type: str, limits: BodyLimits) -> pa.Table:
+    """Read a decoded body into a validated table of `record.SCHEMA`.
+
+    Args:
+        body: Arrow IPC stream, or JSON `{"records": [...]}`.
+        media_type: `JSON` or anything else for Arrow.
+        limits: Size limits.
+
+    Raises:
+        BodyTooLarge: A limit is passed.
+        RecordError: It breaks the contract; names the record where one is at fault.
+    """
+    if media_type == JSON:
+        if len(body) > limits.json:
+            raise BodyTooLarge(f"JSON of more than {limits.json} bytes; send Arrow instead")
+        table = json_to_table(body)
+    else:
+        table = validate(conform(read_guarded(body, limits.arrow)))
+    if table.num_rows == 0:
+        raise RecordError("the batch holds no record")
+    _check_times(table)
+    _check_tensors(table)
+    return table
+
+
+def _check_times(table: pa.Table) -> None:
+    times = table["time"]
+    bad = pc.or_(pc.less(times, _EARLIEST), pc.greater_equal(times, _LATEST))
+    index = pc.index(bad, True).as_py()
+    if index >= 0:
+        raise RecordError("time is not between the years 1970 and 2200", index)
+
+
+def _check_tensors(table: pa.Table) -> None:
+    """Refuse a tensor that stands twice in one record: one of the two would be lost."""
+    tensors = flatten_tensors(table)
+    if tensors.num_rows == 0:
+        return
+    code = tensors["record"].to_numpy().astype(np.int64)
+    for name in _IDENTITY:
+        if code.max() >= _DENSE_BELOW:
+            code = np.unique(code, return_inverse=True)[1].astype(np.int64)
+        code = _combine(code, tensors[name])
+    _, first, counts = np.unique(code, return_index=True, return_counts=True)
+    if (counts > 1).any():
+        row = int(first[counts > 1].min())
+        identity = {name: tensors[name][row].as_py() for name in _IDENTITY}
+        raise RecordError(f"a tensor stands twice: {identity}", tensors["record"][row].as_py())
+
+
+def _combine(code: Codes, column: pa.ChunkedArray) -> Codes:
+    encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    values: Codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    return code * (int(values.max()) + 1) + values

@@ -212,11 +212,12 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         parts = [basis @ m["coefficients"].T + m["intercepts"] for m in self._models]
         return np.stack(parts, axis=1) + self._prior_shift()
 
-    def _prior_shift(self) -> float:
+    def _prior_shift(self, prior: float | None = None) -> float:
         """Log-odds that turn the training rate into the prior."""
-        if self.prior is None or self.base_rate_ <= 0:
+        wanted = prior if prior is not None else self.prior
+        if wanted is None or self.base_rate_ <= 0:
             return 0.0
-        return float(np.log(self.prior / self.base_rate_))
+        return float(np.log(wanted / self.base_rate_))
 
     def predict_cumulative(self, X: npt.ArrayLike) -> FloatArray:
         """P(onset within each horizon), (rows, horizons); NaN where not supported."""
@@ -237,11 +238,14 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
                 result[index, :, :count] = 1.0 - np.cumprod(1.0 - hazard, axis=-1)
         return result[0], result[1], result[2]
 
-    def explain(self, row: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    def explain(
+        self, row: FloatArray, *, prior: float | None = None
+    ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
         """One row, for the live path: probability, band and what each feature adds.
 
         Args:
             row: (features,) as fitted; not validated.
+            prior: Expected onsets per step here, in place of the estimator's own.
 
         Returns:
             Probability, low and high per horizon, and contributions (features,): log-odds added to
@@ -253,7 +257,7 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         if not parts:
             missing = np.full(len(self.horizons), np.nan)
             return missing, missing, missing, np.zeros(count)
-        scores = np.stack(parts, axis=1) + self._prior_shift()
+        scores = np.stack(parts, axis=1) + self._prior_shift(prior)
         middle, low, high = self._with_band(scores)
         weights = self._models[min(1, len(self._models) - 1)]["coefficients"].mean(axis=0)
         product = weights * basis[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from foreshock.api.cli import serve
+from foreshock.api.cli import score, serve
 
 __all__ = ["app", "run"]
 
@@ -22,6 +22,7 @@ def _root() -> None:
 
 
 serve.register(app)
+score.register(app)
 
 
 def run() -> None:

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from foreshock.monitor.operands import Operand
-from foreshock.trainer.blocks.fog import XIELU, FogMaxBlock, softmax_scale
+from foreshock.trainer.blocks.fog import FogMaxBlock, softmax_scale
+from foreshock.trainer.blocks.fused import cross_entropy, rms_norm, unit_rms, xielu
 from foreshock.trainer.blocks.llama import LlamaBlock
-from foreshock.trainer.blocks.parts import Parts, rotary_angles
+from foreshock.trainer.blocks.parts import Parts, rotary_turns
 from foreshock.trainer.config import ModelConfig, PrecisionConfig
 from foreshock.trainer.precision import GemmLinear
 
@@ -45,17 +46,16 @@ def exact_block(
     return block
 
 
-def rms_norm(x: Array, gain: Array | float = 1.0) -> Array:
+def normed(x: Array, gain: Array | float = 1.0) -> Array:
     return np.asarray(gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5))
 
 
 def rotated(x: Array) -> Array:
-    """Pairs (i, i + K/2) as complex numbers, turned by position times base^(-2i/K)."""
-    half = x.shape[-1] // 2
-    z = x[..., :half] + 1j * x[..., half:]
-    speeds = 500_000.0 ** (-2 * np.arange(half) / x.shape[-1])
+    """Pairs (2j, 2j + 1) as complex numbers, turned by position times base^(-2j/K)."""
+    z = x[..., ::2] + 1j * x[..., 1::2]
+    speeds = 500_000.0 ** (-2 * np.arange(z.shape[-1]) / x.shape[-1])
     z = z * np.exp(1j * np.arange(x.shape[-2])[:, None] * speeds)
-    return np.concatenate([z.real, z.imag], -1)
+    return np.stack([z.real, z.imag], -1).reshape(x.shape)
 
 
 def attention(x: Array, qkv: Array, out: Array, scale: float, *, normalise: bool) -> Array:
@@ -65,7 +65,7 @@ def attention(x: Array, qkv: Array, out: Array, scale: float, *, normalise: bool
         part = slice(h * WIDTH // HEADS, (h + 1) * WIDTH // HEADS)
         qh, kh, vh = q[..., part], k[..., part], v[..., part]
         if normalise:
-            qh, kh = rms_norm(qh), rms_norm(kh)
+            qh, kh = normed(qh), normed(kh)
         logits = scale * rotated(qh) @ rotated(kh).swapaxes(-1, -2)
         logits[..., np.triu(np.ones((TOKENS, TOKENS)), 1) > 0] = -np.inf
         p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -74,26 +74,26 @@ def attention(x: Array, qkv: Array, out: Array, scale: float, *, normalise: bool
 
 
 def output(block: nn.Module, x: Tensor) -> Array:
-    angles = rotary_angles(TOKENS, WIDTH // HEADS, x.device)
-    return np.asarray(block(x, angles).detach().numpy())
+    turns = rotary_turns(TOKENS, WIDTH // HEADS, x.device)
+    return np.asarray(block(x, turns).detach().numpy())
 
 
 def test_llama_block_is_its_equations() -> None:
     block, x = exact_block(LlamaBlock), torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64)
     w = {name: p.detach().numpy() for name, p in block.named_parameters()}
-    n = rms_norm(x.numpy(), w["attention_norm.gain"])
+    n = normed(x.numpy(), w["attention_norm.gain"])
     scale = 1 / math.sqrt(WIDTH / HEADS)
     mixed = attention(
         n, w["attention.qkv.weight"], w["attention.out.weight"], scale, normalise=False
     )
     h = x.numpy() + mixed
-    n = rms_norm(h, w["mlp_norm.gain"])
+    n = normed(h, w["mlp_norm.gain"])
     gate = n @ w["mlp.gate.weight"].T
     hidden = gate / (1 + np.exp(-gate)) * (n @ w["mlp.up.weight"].T)
     np.testing.assert_allclose(output(block, x), h + hidden @ w["mlp.down.weight"].T, rtol=1e-5)
 
 
-def xielu(x: Array, p: float, n: float) -> Array:
+def xielu_of(x: Array, p: float, n: float) -> Array:
     a_p, a_n = math.log1p(math.exp(p)), 0.5 + math.log1p(math.exp(n))
     below = a_n * (np.expm1(np.minimum(x, -1e-6)) - x) + 0.5 * x
     return np.where(x > 0, a_p * x**2 + 0.5 * x, below)
@@ -109,11 +109,11 @@ def test_fog_block_is_its_equations() -> None:
         softmax_scale(WIDTH // HEADS),
         normalise=True,
     )
-    h = x.numpy() + rms_norm(mixed, w["attention_norm.gain"])
+    h = x.numpy() + normed(mixed, w["attention_norm.gain"])
     p, n = w["mlp.activation.p"].item(), w["mlp.activation.n"].item()
-    hidden = xielu(h @ w["mlp.up.weight"].T, p, n)
-    expected = h + rms_norm(hidden @ w["mlp.down.weight"].T, w["mlp_norm.gain"])
-    np.testing.assert_allclose(output(block, x), expected, rtol=1e-5)
+    hidden = xielu_of(h @ w["mlp.up.weight"].T, p, n)
+    expected = h + normed(hidden @ w["mlp.down.weight"].T, w["mlp_norm.gain"])
+    np.testing.assert_allclose(output(block, x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_fog_starts_where_the_paper_starts() -> None:
@@ -132,15 +132,25 @@ def test_fog_logits_cannot_leave_their_bound(head_width: int) -> None:
     assert softmax_scale(head_width) * head_width <= 16 + 1e-12
 
 
-def test_xielu_gradients() -> None:
-    activation = XIELU(()).double()
-    # The published function is flat from -1e-6 to 0 by construction: keep away from it.
-    x = torch.tensor([-3.0, -0.5, 0.25, 2.0], dtype=torch.float64).view(1, 1, 4)
-    torch.autograd.gradcheck(lambda z: activation(z), x.requires_grad_())
-    activation(x).sum().backward()
-    for parameter in (activation.p, activation.n):
-        assert parameter.grad is not None
-        assert parameter.grad.abs().item() > 0.1
+def test_hand_written_gradients() -> None:
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    assert torch.autograd.gradcheck(unit_rms, (random(2, 3, 4),))
+    assert torch.autograd.gradcheck(rms_norm, (random(2, 1, 3, 4), random(2, 4)))
+    alphas = random(2, 1, 1, 1), random(2, 1, 1, 1)
+    assert torch.autograd.gradcheck(xielu, (random(2, 1, 3, 4), *alphas))
+    targets = torch.tensor([0, 4, 2])
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets), (random(3, 5),))
+
+
+def test_cross_entropy_is_torchs() -> None:
+    logits, targets = 30 * torch.randn(7, 5), torch.arange(7) % 5
+    logits[3, 0] = torch.inf
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(cross_entropy(logits, targets), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", [LlamaBlock, FogMaxBlock])

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foreshock.trainer.blocks.fog import FogMaxBlock
+from foreshock.trainer.blocks.fused import cross_entropy
 from foreshock.trainer.blocks.llama import LlamaBlock
-from foreshock.trainer.blocks.parts import Parts, RMSNorm, rotary_angles
+from foreshock.trainer.blocks.parts import Parts, RMSNorm, rotary_turns
 from foreshock.trainer.config import ModelConfig, PrecisionConfig
 from foreshock.trainer.faults import Fault
 from foreshock.trainer.precision import GemmLinear, LayerFaults
@@ -96,10 +97,10 @@ class Decoder(nn.Module):
             cross-entropy in nats per token, float32 of shape lead.
         """
         head_width = self.config.width // self.config.heads
-        angles = rotary_angles(tokens.shape[-1], head_width, tokens.device)
+        turns = rotary_turns(tokens.shape[-1], head_width, tokens.device)
         x = self._embed(tokens)
         for block in self.blocks:
-            x = block(x, angles)
+            x = block(x, turns)
         if self.norm is not None:
             x = self.norm(x)
         flat = x.reshape(*self.lead, -1, self.config.width)
@@ -107,7 +108,7 @@ class Decoder(nn.Module):
         if targets is None:
             return logits.view(*tokens.shape, self.config.vocabulary)
         rows = logits.view(-1, self.config.vocabulary)
-        losses = functional.cross_entropy(rows, targets.reshape(-1), reduction="none")
+        losses = cross_entropy(rows, targets.reshape(-1))
         return losses.view(*self.lead, -1).mean(-1)
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ A block knows no recipe and no fault: `Parts` hands it the layers it is made of.
 
 from foreshock.trainer.blocks.fog import XIELU, FogMaxBlock
 from foreshock.trainer.blocks.llama import LlamaBlock
-from foreshock.trainer.blocks.parts import Attention, Parts, RMSNorm, rotary_angles
+from foreshock.trainer.blocks.parts import Attention, Parts, RMSNorm, rotary_turns
 
 __all__ = [
     "XIELU",
@@ -14,5 +14,5 @@ __all__ = [
     "LlamaBlock",
     "Parts",
     "RMSNorm",
-    "rotary_angles",
+    "rotary_turns",
 ]

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foreshock.trainer.blocks.fused import XIELU_BETA, xielu
 from foreshock.trainer.blocks.parts import Attention, Parts
 from foreshock.trainer.config import ModelConfig
 
 __all__ = ["XIELU", "FogMaxBlock", "FogMlp", "softmax_scale"]
 
-_BETA = 0.5
-_EPS = -1e-6
 _INITIAL_ALPHA = 0.8
 
 
@@ -38,7 +37,7 @@ def softmax_scale(head_width: int) -> float:
 
 
 class XIELU(nn.Module):
-    """xIELU: a_p x^2 + x/2 above zero, a_n (expm1(min(x, -1e-6)) - x) + x/2 below.
+    """xIELU: a_p x^2 + x/2 above zero, a_n (expm1(x) - x) + x/2 below.
 
     a_p = softplus(p) and a_n = 1/2 + softplus(n), both 0.8 at first; p and n are learnable, one
     of each per layer (shape (*lead, 1)).
@@ -47,15 +46,15 @@ class XIELU(nn.Module):
     def __init__(self, lead: tuple[int, ...]) -> None:
         super().__init__()
         self.p = nn.Parameter(torch.full((*lead, 1), math.log(math.expm1(_INITIAL_ALPHA))))
-        self.n = nn.Parameter(torch.full((*lead, 1), math.log(math.expm1(_INITIAL_ALPHA - _BETA))))
+        self.n = nn.Parameter(
+            torch.full((*lead, 1), math.log(math.expm1(_INITIAL_ALPHA - XIELU_BETA)))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*lead, B, T, features), kept."""
         a_p = functional.softplus(self.p)[..., None, None]
-        a_n = _BETA + functional.softplus(self.n)[..., None, None]
-        above = a_p * x.square()
-        below = a_n * (torch.expm1(x.clamp(max=_EPS)) - x)
-        return torch.where(x > 0, above, below) + _BETA * x
+        a_n = XIELU_BETA + functional.softplus(self.n)[..., None, None]
+        return xielu(x, a_p, a_n)
 
 
 class FogMlp(nn.Module):
@@ -90,8 +89,8 @@ class FogMaxBlock(nn.Module):
         self.mlp = FogMlp(parts, width=config.width, hidden=config.gated_ffn_width * 3 // 2)
         self.mlp_norm = parts.norm(config.width, gain)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         """Shape (*lead, B, T, D), kept."""
-        h = x + self.attention_norm(self.attention(x, angles))
+        h = x + self.attention_norm(self.attention(x, turns))
         y: Tensor = h + self.mlp_norm(self.mlp(h))
         return y

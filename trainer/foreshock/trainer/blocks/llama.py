@@ -47,8 +47,8 @@ class LlamaBlock(nn.Module):
         self.mlp_norm = parts.norm(config.width)
         self.mlp = SwiGLU(parts, width=config.width, hidden=config.gated_ffn_width)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         """Shape (*lead, B, T, D), kept."""
-        h = x + self.attention(self.attention_norm(x), angles)
+        h = x + self.attention(self.attention_norm(x), turns)
         y: Tensor = h + self.mlp(self.mlp_norm(h))
         return y

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foreshock.trainer.blocks.fused import rms_norm, unit_rms
 from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.precision import GemmLinear, gemm_linear
 
-__all__ = ["Attention", "Parts", "RMSNorm", "rotary_angles", "unit_rms"]
+__all__ = ["Attention", "Parts", "RMSNorm", "rotary_turns"]
 
-NORM_EPS = 1e-5
 ROTARY_BASE = 500_000.0
 
 
@@ -43,11 +43,6 @@ class Parts:
         return RMSNorm(width, lead=self.lead, initial_gain=initial_gain)
 
 
-def unit_rms(x: Tensor) -> Tensor:
-    """Z / sqrt(mean(z^2) + 1e-5) over the last axis, without a gain."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS)
-
-
 class RMSNorm(nn.Module):
     """g z / sqrt(mean(z^2) + 1e-5) over features; g of shape (*lead, D) is learnable."""
 
@@ -57,26 +52,25 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*lead, B, T, D), kept."""
-        return unit_rms(x) * self.gain[..., None, None, :]
+        return rms_norm(x, self.gain)
 
 
-def rotary_angles(length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions, base 500,000 (Llama 3), each (T, K/2), float32.
+def rotary_turns(length: int, head_width: int, device: torch.device) -> Tensor:
+    """Rotary positions as complex numbers exp(i position base^(-2j/K)), shape (T, 1, K/2).
 
-    Llama 3.1's stretching of low frequencies for long contexts is left out: sequences here are
-    short.
+    Base 500,000, as Llama 3. Llama 3.1's stretching of low frequencies for long contexts is left
+    out: sequences here are short.
     """
     exponents = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
     positions = torch.arange(length, device=device, dtype=torch.float32)
     angles = positions[:, None] * ROTARY_BASE**-exponents
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions: pairs (x_i, x_{i + K/2}) turned by their angle; x (..., T, K)."""
-    cos, sin = angles
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the pairs (x_2j, x_2j+1) by their angle; x (B, T, H, K)."""
+    pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -98,16 +92,17 @@ class Attention(nn.Module):
         self.qkv = parts.linear(width, 3 * width)
         self.out = parts.linear(width, width)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         """Shape (*lead, B, T, D), kept."""
         tokens, width = x.shape[-2:]
-        # (lead B, 3, H, T, K): the stack folds into the batch.
-        qkv = self.qkv(x).view(-1, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        # (lead B, T, 3 H, K), q then k then v: the stack folds into the batch.
+        qkv = self.qkv(x).view(-1, tokens, 3 * self.heads, width // self.heads)
+        qk, v = qkv.split((2 * self.heads, self.heads), dim=2)
         if self.normalise_heads:
-            q, k = unit_rms(q), unit_rms(k)
+            qk = unit_rms(qk)
+        q, k = rotate(qk, turns).transpose(1, 2).chunk(2, dim=1)
         mixed = functional.scaled_dot_product_attention(
-            rotate(q, angles), rotate(k, angles), v, is_causal=True, scale=self.scale
+            q, k, v.transpose(1, 2), is_causal=True, scale=self.scale
         )
         y: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
         return y

@@ -141,13 +141,13 @@ _SHARES: Final[tuple[tuple[Kind, float], ...]] = (
 )
 _SHAPES: Final = (
     ModelConfig(architecture="llama3", width=48, layers=3, heads=3),
-    ModelConfig(architecture="llama3", width=32, layers=5, heads=2),
     ModelConfig(architecture="fog_max", width=48, layers=3, heads=3),
-    ModelConfig(architecture="llama3", width=80, layers=3, heads=5),
+    ModelConfig(architecture="llama3", width=32, layers=4, heads=2),
+    ModelConfig(architecture="llama3", width=80, layers=2, heads=5),
 )
 _DATA: Final = (
-    DataConfig(sequence_length=64, batch_size=4),
-    DataConfig(sequence_length=48, batch_size=8),
+    DataConfig(sequence_length=32, batch_size=4),
+    DataConfig(sequence_length=32, batch_size=8),
     DataConfig(sequence_length=64, batch_size=2),
 )
 _PRECISIONS: Final = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from foreshock.api.cli import score, serve
+from foreshock.api.cli import score, serve, sweep, train
 
 __all__ = ["app", "run"]
 
@@ -23,6 +23,8 @@ def _root() -> None:
 
 serve.register(app)
 score.register(app)
+sweep.register(app)
+train.register(app)
 
 
 def run() -> None:

@@ -95,7 +95,7 @@ class Browser:
 
     def requests(self) -> list[str]:
         """Every address the page has asked for so far."""
-        for entry in self.driver.get_log("performance"):
+        for entry in self._log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 self._requests.append(message["params"]["request"]["url"])
@@ -108,11 +108,11 @@ class Browser:
 
     def errors(self) -> list[str]:
         """What the console has logged as an error since the last call."""
-        return [
-            entry["message"]
-            for entry in self.driver.get_log("browser")
-            if entry["level"] == "SEVERE"
-        ]
+        return [e["message"] for e in self._log("browser") if e["level"] == "SEVERE"]
+
+    def _log(self, kind: str) -> list[dict[str, Any]]:
+        entries: list[dict[str, Any]] = self.driver.get_log(kind)  # type: ignore[no-untyped-call]
+        return entries
 
 
 @contextmanager

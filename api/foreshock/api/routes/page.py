@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import HTMLResponse
+from pydantic import BaseModel, Field
 
+from foreshock.api.guard import COOKIE, token_matches
 from foreshock.api.page import CONTENT_SECURITY_POLICY, Asset, load_assets, load_index
+from foreshock.api.problems import Problem
+from foreshock.api.services import ServicesDep
 
-__all__ = ["COOKIE", "router"]
+__all__ = ["SignIn", "router"]
 
-COOKIE: Final = "foreshock_token"
-"""Name of the cookie that carries the token; the auth dependency reads it."""
+_COOKIE_SECONDS: Final = 30 * 24 * 3600
 
 _HEADERS: Final = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
@@ -68,3 +71,33 @@ def asset(
         return Response(found.body, media_type=found.media_type, headers=headers)
     headers["Content-Encoding"] = "gzip"
     return Response(found.compressed, media_type=found.media_type, headers=headers)
+
+
+class SignIn(BaseModel):
+    """The token, typed by a person."""
+
+    token: str = Field(max_length=4096)
+
+
+@router.post("/login", status_code=204)
+def login(body: SignIn, services: ServicesDep, request: Request, response: Response) -> None:
+    """Take the token once; give it back as a cookie that no script and no other site can use."""
+    expected = services.settings.token
+    if expected is None:
+        return
+    if not token_matches(body.token.strip(), expected):
+        raise Problem(401, "that is not the token of this service")
+    response.set_cookie(
+        COOKIE,
+        expected,
+        max_age=_COOKIE_SECONDS,
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+
+
+@router.post("/logout", status_code=204)
+def logout(response: Response) -> None:
+    """Take the cookie back."""
+    response.delete_cookie(COOKIE, httponly=True, samesite="strict")

@@ -2,7 +2,7 @@
 // Draws the three charts from prepared numbers. Fetches nothing and keeps nothing.
 
 import { $ } from "./dom.js";
-import { drawable, number } from "./api.js";
+import { drawable } from "./api.js";
 
 const HORIZON_COLOURS = ["--near", "--middle", "--far"];
 const DASHES = ["solid", "dash", "dot"];
@@ -57,7 +57,7 @@ function alarmNotes(alarms) {
 export function drawLoss(view) {
   const { loss, risk, horizon, alarms, log } = view;
   const y = loss.value.map(drawable);
-  const broken = loss.step.filter((_, i) => loss.value[i] !== null && !Number.isFinite(number(loss.value[i])));
+  const { broken } = loss;
   const traces = [];
   if (risk && horizon) {
     traces.push({
@@ -103,14 +103,14 @@ export function drawRisk(view) {
   return Plotly.react($("risk"), traces, figure, OPTIONS);
 }
 
-/** Layers from top to bottom in the order of the model, steps from left to right. */
+/** Layers from top to bottom in the order of the model, steps from left to right; the bad end is the bright one. */
 export function drawHeat(view) {
   const { heat, statistic, alarms } = view;
   const log = LOG_STATISTICS.test(statistic);
   const seen = heat.values.map((row) => row.map(drawable));
   const z = log ? seen.map((row) => row.map((value) => (value > 0 ? Math.log10(value) : null))) : seen;
   const trace = {
-    type: "heatmap", x: heat.steps, y: heat.layers.map(escape), z, customdata: seen, colorscale: "Cividis", hoverongaps: false,
+    type: "heatmap", x: heat.steps, y: heat.layers.map(escape), z, customdata: seen, colorscale: "Cividis", reversescale: heat.worst === "min", hoverongaps: false,
     hovertemplate: "%{y}<br>step %{x:,d}<br>%{customdata:.4g}<extra></extra>",
     colorbar: { title: { text: `${log ? "log10 " : ""}${escape(statistic).replaceAll("_", " ")}`, side: "right" }, thickness: 10, outlinewidth: 0, xpad: 6 },
   };

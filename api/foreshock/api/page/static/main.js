@@ -9,6 +9,7 @@ import * as wire from "./wire.js";
 const RUNS_EVERY = 2000; // ms between looks at the list of runs
 const FAST_EVERY = 1000; // ms at least between refreshes of risk and loss
 const SLOW_EVERY = 3000; // ms at least between refreshes of heatmap, diagnosis and alerts
+const SIGNED_IN = "foreshock-signed-in"; // only whether to offer signing out: the token itself is out of reach here
 
 const page = {
   runs: [], run: null, risk: null, stream: null, alarms: [], generation: 0,
@@ -74,16 +75,17 @@ async function refreshRuns() {
     return;
   }
   const wanted = query().get("run");
-  if (!page.run && !wanted && page.runs.length) open(page.runs[0]);
+  if (!page.run && !wanted && page.runs.length) open(page.runs.find((run) => run.state === "firing") ?? page.runs[0]);
   else if (wanted && (!page.run || page.run.gone)) follow(wanted);
   else if (page.run) update();
   if (!wanted && !page.runs.length) message("No runs yet", "As soon as a training run reports, it is shown here.");
-  panels.runList(page.runs, page.run?.key, choose);
+  panels.runList(page.runs, page.run?.id, choose);
 }
 
 function find(name) {
   const project = query().get("project");
-  return page.runs.find((run) => run.name === name && (!project || run.project === project));
+  // Links in alerts name a run by its id.
+  return page.runs.find((run) => run.id === name || (run.name === name && (!project || run.project === project)));
 }
 
 function follow(name) {
@@ -94,7 +96,7 @@ function follow(name) {
 
 /** The chosen run as the fresh list has it. */
 function update() {
-  const run = page.runs.find((each) => each.key === page.run.key);
+  const run = page.runs.find((each) => each.id === page.run.id);
   if (!run) {
     const { name } = page.run;
     leave();
@@ -102,6 +104,8 @@ function update() {
     message(`The run ${name} is gone`, "It was deleted on the service. Choose another run from the list.");
     return;
   }
+  // The list knows no roles; a new attempt may bring new ones.
+  if (run.attempts === page.run.attempts) run.roles = page.run.roles;
   const moved = run.lastStep !== page.run.lastStep || run.state !== page.run.state;
   page.run = run;
   panels.heading(run, page.risk);
@@ -111,7 +115,7 @@ function update() {
 function choose(run) {
   history.pushState(null, "", run.href);
   open(run);
-  panels.runList(page.runs, run.key, choose);
+  panels.runList(page.runs, run.id, choose);
 }
 
 function leave() {
@@ -165,10 +169,13 @@ async function turn(kind, every, work) {
 }
 
 async function fast(run, current) {
-  const [risk, history, loss] = await Promise.all([wire.risk(run), wire.history(run), wire.loss(run)]);
+  const [risk, history, loss, alerts] = await Promise.all([wire.risk(run), wire.history(run), wire.loss(run), wire.alerts(run)]);
   if (!current()) return;
   page.risk = risk;
-  page.alarms = history.alarms;
+  const alarms = wire.alarms(alerts);
+  if (alarms.length !== page.alarms.length) page.due.slow = true; // the heatmap marks them too
+  page.alarms = alarms;
+  panels.alerts(alerts, judge);
   panels.heading(page.run, risk);
   panels.tiles(risk);
   panels.reasons(risk);
@@ -176,7 +183,7 @@ async function fast(run, current) {
   const horizons = Object.keys(history.probability).filter((h) => history.probability[h].some((p) => p !== null));
   // The middle horizon is the one to act on; where it has no answer, the longest that has one.
   const horizon = horizons.includes("100") ? "100" : horizons.at(-1);
-  const shown = { key: run.key, alarms: page.alarms, risk: history.step.length ? history : null };
+  const shown = { key: run.id, alarms: page.alarms, risk: history.step.length ? history : null };
   contentOr("loss", loss.step.length ? null : "This run has not reported a loss.");
   if (loss.step.length) drawLoss({ ...shown, loss, horizon, log: $("log").checked });
   contentOr("risk", horizons.length ? null : "No forecast yet: it starts after the first records.");
@@ -185,14 +192,19 @@ async function fast(run, current) {
 }
 
 async function slow(run, current) {
-  const [causes, alerts, heat] = await Promise.all([wire.diagnosis(run), wire.alerts(run), wire.heat(run, $("statistic").value, $("role").value)]);
+  if (!run.roles) {
+    const roles = await wire.roles(run);
+    if (!current()) return;
+    page.run.roles = roles;
+    if (roles.length) fill("role", roles, $("role").value);
+  }
+  const [causes, heat] = await Promise.all([wire.diagnosis(run), wire.heat(run, $("statistic").value, $("role").value)]);
   if (!current()) return;
   panels.diagnosis(causes, page.risk?.state ?? run.state);
-  panels.alerts(alerts, judge);
   const statistic = $("statistic").value;
   const some = heat.values.some((row) => row.some((value) => value !== null));
   contentOr("heat", some ? null : `No ${statistic} of ${$("role").value} recorded in this run.`);
-  if (some) drawHeat({ key: run.key, heat, statistic, role: $("role").value, alarms: wire.alarms(alerts) });
+  if (some) drawHeat({ key: run.id, heat, statistic, role: $("role").value, alarms: page.alarms });
 }
 
 async function judge(alert, verdict) {
@@ -201,7 +213,7 @@ async function judge(alert, verdict) {
   } catch (error) {
     failed(error);
   }
-  page.due.slow = true;
+  page.due.fast = true;
 }
 
 // ---- controls
@@ -228,15 +240,23 @@ function controls() {
     try {
       await post("/login", { token: $("token").value });
       $("signin-form").reset();
+      localStorage.setItem(SIGNED_IN, "yes");
+      show("signout", true);
       await refreshRuns();
     } catch (error) {
       $("signin-error").textContent = error instanceof Gone ? "The service does not answer." : error.message;
     }
   };
+  show("signout", localStorage.getItem(SIGNED_IN) !== null);
+  $("signout").onclick = async () => {
+    await post("/logout", {}).catch(failed);
+    localStorage.removeItem(SIGNED_IN);
+    location.reload();
+  };
   addEventListener("popstate", () => {
     const run = find(query().get("run")) ?? page.runs[0];
     if (run) open(run);
-    panels.runList(page.runs, page.run?.key, choose);
+    panels.runList(page.runs, page.run?.id, choose);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", mark);
   document.addEventListener("visibilitychange", () => !document.hidden && mark());

@@ -18,8 +18,8 @@ export function runList(runs, selected, choose) {
   const list = $("runs");
   const known = new Map([...list.children].map((item) => [item.dataset.key, item]));
   const items = runs.map((run) => {
-    const item = known.get(run.key) ?? el("li");
-    item.dataset.key = run.key;
+    const item = known.get(run.id) ?? el("li");
+    item.dataset.key = run.id;
     const link = item.firstChild ?? item.appendChild(el("a"));
     link.href = run.href;
     link.onclick = (event) => {
@@ -27,7 +27,7 @@ export function runList(runs, selected, choose) {
       event.preventDefault();
       choose(run);
     };
-    if (run.key === selected) link.setAttribute("aria-current", "true");
+    if (run.id === selected) link.setAttribute("aria-current", "true");
     else link.removeAttribute("aria-current");
     const risks = run.risks.map(([h, p]) => `${h}: ${percent(p)}`).join(" · ");
     link.replaceChildren(
@@ -37,7 +37,11 @@ export function runList(runs, selected, choose) {
     );
     return item;
   });
-  if (items.length !== list.children.length || items.some((item, i) => list.children[i] !== item)) list.replaceChildren(...items);
+  if (items.length !== list.children.length || items.some((item, i) => list.children[i] !== item)) {
+    const focused = document.activeElement;
+    list.replaceChildren(...items);
+    if (list.contains(focused)) focused.focus();
+  }
   $("runs-empty").hidden = runs.length > 0;
 }
 
@@ -45,7 +49,7 @@ export function heading(run, risk) {
   $("name").textContent = run.name;
   const facts = [`step ${grouped(run.lastStep)}`, run.activity];
   if (run.loss !== null && run.loss !== undefined) facts.push(`loss ${short(run.loss)}`);
-  if (run.attempts > 1) facts.push(`attempt ${run.attempts}`);
+  if (run.attempts > 1) facts.push(`attempt ${run.attempt ?? run.attempts}`);
   if (risk?.model_version) facts.push(`forecaster ${risk.model_version}`);
   if (run.project && run.project !== "default") facts.unshift(run.project);
   $("facts").textContent = facts.join("  ·  ");

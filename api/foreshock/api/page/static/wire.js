@@ -1,6 +1,6 @@
 // Knows the paths and JSON of the public API, and gives the page's other modules plain shapes.
 
-import { get } from "./api.js";
+import { Unknown, get, number } from "./api.js";
 
 export const STATISTICS = [
   "kurtosis", "kurtosis_sequence_mean", "channel_kurtosis", "amax", "rms", "underflow_ratio", "subnormal_ratio",
@@ -9,59 +9,67 @@ export const STATISTICS = [
 export const ROLES = ["input", "weight", "grad_output"];
 
 const POINTS = 800; // points per line: about one per pixel
-const path = (run, tail = "") => `/runs/${encodeURIComponent(run.name)}${tail}`;
-const scope = (run) => ({ project: run.project === "default" ? null : run.project });
+const path = (run, tail = "") => `/runs/${run.id}${tail}`;
 
-export function eventsPath(run) {
-  const tail = run.project === "default" ? "" : `?project=${encodeURIComponent(run.project)}`;
-  return `/api/v1${path(run, "/events")}${tail}`;
-}
+export const eventsPath = (run) => `/api/v1${path(run, "/events")}`;
 
-function activity(run) {
-  const seconds = (Date.now() - Date.parse(run.last_time)) / 1000;
-  if (!Number.isFinite(seconds)) return "no records";
-  if (seconds < 60) return "live";
-  return `silent for ${seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`}`;
+/** What a part answers that this service may not have; a run that is gone still fails elsewhere. */
+const optional = (answer, without) => answer.catch((error) => {
+  if (error instanceof Unknown) return without;
+  throw error;
+});
+
+function activity(row) {
+  const seconds = (Date.now() - Date.parse(row.last_received)) / 1000;
+  if (row.status === "new" || !Number.isFinite(seconds)) return "no records yet";
+  if (row.status === "live") return "live";
+  const [size, word] = seconds < 5400 ? [60, "min"] : seconds < 129600 ? [3600, "h"] : [86400, "d"];
+  return `quiet for ${Math.round(seconds / size)} ${word}`;
 }
 
 function toRun(row) {
   const search = new URLSearchParams({ run: row.run });
   if (row.project !== "default") search.set("project", row.project);
   return {
-    key: `${row.project}/${row.run}`, name: row.run, project: row.project, href: `/?${search}`,
-    lastStep: row.last_step, activity: activity(row), loss: row.loss, attempts: row.attempts, state: row.state,
-    risks: Object.entries(row.risk ?? {}).filter(([, p]) => p !== null),
+    id: row.run_id, name: row.run, project: row.project, href: `/?${search}`, lastStep: row.last_step, activity: activity(row),
+    live: row.status === "live", created: row.created_at ?? "", loss: row.loss, attempts: row.attempts, attempt: row.attempt,
+    state: row.state, risks: Object.entries(row.risk ?? {}).map(([h, p]) => [h, number(p)]).filter(([, p]) => p !== null),
   };
 }
 
+/** Live runs first, then the youngest: an order that does not change with every record. */
 export async function runs() {
-  return (await get("/runs")).runs.map(toRun);
+  const rows = (await get("/runs")).runs.map(toRun);
+  return rows.sort((a, b) => b.live - a.live || b.created.localeCompare(a.created) || a.name.localeCompare(b.name));
 }
 
-export const risk = (run) => get(path(run, "/risk"), scope(run));
+/** Roles of tensors that a run has recorded, in the order in which they are of interest. */
+export async function roles(run) {
+  const known = new Set((await get(path(run))).roles);
+  return [...ROLES.filter((role) => known.has(role)), ...[...known].filter((role) => !ROLES.includes(role))];
+}
 
-export async function history(run) {
-  const answer = await get(path(run, "/risk/history"), { ...scope(run), points: POINTS });
-  const alarms = answer.step.filter((_, i) => answer.state[i] === "firing" && answer.state[i - 1] !== "firing");
-  return { ...answer, alarms: alarms.map((step) => ({ step })) };
+export const risk = (run) => optional(get(path(run, "/risk")), null);
+
+export function history(run) {
+  const nothing = { step: [], probability: {} };
+  return optional(get(path(run, "/risk/history"), { points: POINTS }), nothing);
 }
 
 export async function loss(run) {
-  const answer = await get(path(run, "/series"), { ...scope(run), name: "loss", points: POINTS });
-  return { step: answer.step, value: answer.mean };
+  const answer = await get(path(run, "/series"), { name: "loss", points: POINTS });
+  return { step: answer.step, value: answer.mean, broken: answer.step.filter((_, i) => answer.nonfinite[i] > 0) };
 }
 
-export async function heat(run, statistic, role) {
-  return get(path(run, "/heatmap"), { ...scope(run), statistic, role });
-}
+export const heat = (run, statistic, role) => get(path(run, "/heatmap"), { statistic, role });
 
-export const diagnosis = async (run) => (await get(path(run, "/diagnosis"), scope(run))).causes;
+export const diagnosis = async (run) => (await optional(get(path(run, "/diagnosis")), { causes: [] })).causes;
 
 export async function alerts(run) {
-  const answer = await get("/alerts", { run: run.name, ...scope(run) });
+  const answer = await optional(get("/alerts", { run: run.id }), { alerts: [] });
   return answer.alerts.map((row) => ({
-    id: row.id, state: row.state, kind: row.kind, step: row.step, since: row.starts_at,
-    fired: row.fired_step, summary: row.summary, correct: row.correct,
+    id: row.id, state: row.state, kind: row.kind, step: row.step, since: row.starts_at, fired: row.fired_step,
+    summary: row.summary, correct: row.correct,
   }));
 }
 

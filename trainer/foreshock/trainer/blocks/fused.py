@@ -54,7 +54,7 @@ class _UnitRms(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse = mean_square.add_(NORM_EPS).rsqrt_()
-        y = x * inverse
+        y: Tensor = x * inverse
         ctx.save_for_backward(y, inverse)
         return y
 

@@ -1,0 +1,103 @@
+"""What a watch is told, checked before anything is attached."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from foreshock.monitor.sampling import Cadence
+from foreshock.monitor.sinks import Sink
+from foreshock.monitor.spool import DEFAULT_MAX_BYTES, NAME_PATTERN
+
+__all__ = ["WatchSettings", "default_spool", "default_url"]
+
+_LOOKS_LIKE_AN_ID: Final = re.compile(r"[0-9a-f]{32}")
+
+
+def default_url() -> str | None:
+    """The service's address from FORESHOCK_URL, or None."""
+    return os.environ.get("FORESHOCK_URL") or None
+
+
+def default_spool() -> Path:
+    """The spool folder from FORESHOCK_SPOOL, else ./foreshock-spool."""
+    return Path(os.environ.get("FORESHOCK_SPOOL") or "foreshock-spool")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchSettings:
+    """Everything about a watch but the model.
+
+    Attributes:
+        run, project: Names under which the service knows the run.
+        url: Address of the service; None keeps the records in the spool only.
+        token: Bearer token.
+        spool: Root folder of the spool; None keeps nothing on disk and ships nothing.
+        cadence: Steps at which tensors are measured.
+        include, exclude: Regular expressions over layer names.
+        config: Plain data about the run, shown to people and never analysed.
+        tokens_per_step: Tokens per optimizer step over all ranks; gives the scalar tokens.
+        first_step: Number of the next optimizer step; more than 0 after a resume.
+        sinks: Called with every record, in the worker thread.
+        probe: Sum up operands at steps without tensor statistics too, so that the first
+            non-finite value has a layer at any step.
+        max_spool_bytes: Bound on what waits on disk.
+        launch_id: Identifies this start of the job.
+
+    Raises:
+        ValueError: A value is not allowed; the message says which are.
+    """
+
+    run: str
+    project: str = "default"
+    url: str | None = None
+    token: str | None = None
+    spool: Path | None = None
+    cadence: Cadence = field(default_factory=Cadence)
+    include: str | None = None
+    exclude: str | None = None
+    config: Mapping[str, object] | None = None
+    tokens_per_step: int | None = None
+    first_step: int = 0
+    sinks: Sequence[Sink] = ()
+    probe: bool = True
+    max_spool_bytes: int = DEFAULT_MAX_BYTES
+    launch_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    def __post_init__(self) -> None:
+        for name, value in (("run", self.run), ("project", self.project)):
+            if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value):
+                raise ValueError(f"{name} is {value!r}; allowed: 1 to 128 of A-Z a-z 0-9 . _ -")
+        if _LOOKS_LIKE_AN_ID.fullmatch(self.run):
+            raise ValueError(f"run is {self.run!r}, which looks like an id; take a name")
+        if self.first_step < 0:
+            raise ValueError(f"first_step is {self.first_step}; allowed: 0 or more")
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            raise ValueError(f"tokens_per_step is {self.tokens_per_step}; allowed: 1 or more")
+        if self.url is not None and self.spool is None:
+            raise ValueError("url is given without a spool; records reach the service through one")
+        try:
+            json.dumps(self.config, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"config is not plain data ({error}); allowed: dicts, lists, text, finite numbers"
+            ) from None
+
+    def registration(self, layers: Sequence[str], *, world_size: int) -> dict[str, object]:
+        """The body of POST /runs."""
+        return {
+            "project": self.project,
+            "run": self.run,
+            "launch_id": self.launch_id,
+            "first_step": self.first_step,
+            "config": dict(self.config) if self.config is not None else None,
+            "layers": list(layers),
+            "tokens_per_step": self.tokens_per_step,
+            "world_size": world_size,
+        }

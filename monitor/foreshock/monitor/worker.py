@@ -1,0 +1,144 @@
+"""The thread in which a step becomes a record and goes its ways.
+
+The training thread only puts a snapshot into its queue. Sends nothing over the network; that is
+the shipper's thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import pyarrow as pa
+
+from foreshock.monitor.assembly import Assembler
+from foreshock.monitor.guard import Guard
+from foreshock.monitor.record import Event
+from foreshock.monitor.sinks import ClosableSink, Sink
+from foreshock.monitor.snapshot import Snapshot
+from foreshock.monitor.spool import Spool
+
+__all__ = ["Worker"]
+
+# A worker this far behind is stuck, in a sink or on a disk; then steps are dropped and counted.
+_QUEUE_STEPS: Final = 256
+_IDLE_SECONDS: Final = 0.25
+
+
+class _Flush(threading.Event):
+    """A request to seal what is there; set when done."""
+
+
+class Worker:
+    """Owns the spool and the sinks.
+
+    Args:
+        assembler: Makes the records.
+        spool: Used by the worker's thread only; None keeps nothing.
+        sinks: Called with every record.
+        guards: Whose failures are reported in the next record.
+        on_sealed: Called when there is a batch to ship.
+    """
+
+    def __init__(
+        self,
+        assembler: Assembler,
+        *,
+        spool: Spool | None,
+        sinks: Sequence[Sink],
+        guards: Sequence[Guard],
+        on_sealed: Callable[[], None],
+    ) -> None:
+        self.guard = Guard("worker")
+        self._assembler, self._spool, self._sinks = assembler, spool, tuple(sinks)
+        self._guards = (*guards, self.guard)
+        self._on_sealed = on_sealed
+        self._dropped = 0
+        self._queue: queue.Queue[Snapshot | _Flush | None] = queue.Queue(_QUEUE_STEPS)
+        self._thread = threading.Thread(target=self._run, name="foreshock-worker", daemon=True)
+        self._thread.start()
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Take a step, or count it as dropped when the worker is far behind. Never waits."""
+        try:
+            self._queue.put_nowait(snapshot)
+        except queue.Full:
+            self._dropped += 1
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until every step taken so far is in a sealed batch and in every sink."""
+        request = _Flush()
+        try:
+            self._queue.put(request, timeout=timeout)
+        except queue.Full:
+            return False
+        return request.wait(timeout)
+
+    def close(self, timeout: float) -> bool:
+        """Finish what is queued, seal, close the sinks; True if that was done in time."""
+        try:
+            self._queue.put(None, timeout=timeout)
+        except queue.Full:
+            return False
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                try:
+                    item = self._queue.get(timeout=_IDLE_SECONDS)
+                except queue.Empty:
+                    self._seal(only_if_due=True)
+                    continue
+                if item is None:
+                    return
+                if isinstance(item, _Flush):
+                    self._seal(only_if_due=False)
+                    item.set()
+                else:
+                    self._take(item)
+        finally:
+            self._finish()
+
+    def _take(self, snapshot: Snapshot) -> None:
+        record = None
+        with self.guard:
+            record = self._assembler.record(snapshot, self._own_events())
+            self._store(record)
+        if record is None:
+            return
+        for sink in self._sinks:
+            with self.guard:
+                sink(record)
+
+    def _store(self, record: pa.RecordBatch) -> None:
+        if self._spool is not None:
+            self._spool.append(record)
+            if self._spool.seal_if_due():
+                self._on_sealed()
+
+    def _own_events(self) -> list[Event]:
+        dropped, self._dropped = self._dropped, 0
+        if self._spool is not None:
+            dropped += self._spool.take_dropped()
+        events = [Event("dropped", detail=f"{dropped} records")] if dropped else []
+        for guard in self._guards:
+            events += [Event("monitor_error", detail=text) for text in guard.take_unreported()]
+        return events
+
+    def _seal(self, *, only_if_due: bool) -> None:
+        with self.guard:
+            if self._spool is not None and (
+                self._spool.seal_if_due() if only_if_due else self._spool.seal()
+            ):
+                self._on_sealed()
+
+    def _finish(self) -> None:
+        self._seal(only_if_due=False)
+        for sink in self._sinks:
+            if isinstance(sink, ClosableSink):
+                with self.guard:
+                    sink.close()

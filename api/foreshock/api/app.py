@@ -17,7 +17,21 @@ from foreshock.api.guard import Guard
 from foreshock.api.ingest import Ingest
 from foreshock.api.ledger import Ledger
 from foreshock.api.registry import Registry
-from foreshock.api.routes import batches, health, heatmap, page, records, runs, series
+from foreshock.api.routes import (
+    alerts,
+    batches,
+    diagnosis,
+    events,
+    forecast,
+    health,
+    heatmap,
+    metrics,
+    page,
+    records,
+    risk,
+    runs,
+    series,
+)
 from foreshock.api.services import Latest, Live, Services
 from foreshock.api.settings import Settings
 from foreshock.api.store import Limits, Store
@@ -75,6 +89,7 @@ def create_app(settings: Settings, *, live: LiveFactory | None = None) -> FastAP
     )
     app.include_router(_api_router())
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.include_router(page.router)
     problems.install(app)
     app.add_middleware(Guard, settings=settings)
@@ -83,7 +98,8 @@ def create_app(settings: Settings, *, live: LiveFactory | None = None) -> FastAP
 
 def _api_router() -> APIRouter:
     router = APIRouter(prefix="/api/v1")
-    for module in (runs, batches, series, heatmap, records):
+    stored = (runs, batches, series, heatmap, records)
+    for module in (*stored, risk, diagnosis, alerts, events, forecast):
         router.include_router(module.router)
     return router
 

@@ -44,7 +44,8 @@ def serve(
     """Run the service until it is told to stop; what was received is finished first."""
     extras.require("api")
     from foreshock.api.cli.server import listen, run
-    from foreshock.api.settings import Settings, SettingsError
+    from foreshock.api.live_service import alert_channels
+    from foreshock.api.settings import Settings
 
     overrides = {
         "host": host,
@@ -58,8 +59,9 @@ def serve(
     }
     try:
         settings = Settings.from_environment(os.environ, overrides)
+        alert_channels(settings)
         listener = listen(settings)
-    except (SettingsError, OSError) as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"foreshock serve: {error}", err=True)
         raise typer.Exit(2) from None
     raise typer.Exit(run(settings, listener, port_file))

@@ -12,7 +12,8 @@ from typing import Final
 import typer
 import uvicorn
 
-from foreshock.api.app import LiveFactory, create_app
+from foreshock.api.app import create_app
+from foreshock.api.live_service import LiveService
 from foreshock.api.settings import Settings
 
 __all__ = ["listen", "run"]
@@ -42,7 +43,7 @@ def run(settings: Settings, listener: socket.socket, port_file: Path | None) -> 
     Returns:
         The exit code: 0, or 1 if the service did not start.
     """
-    app = create_app(settings, live=_live())
+    app = create_app(settings, live=LiveService)
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -58,10 +59,6 @@ def run(settings: Settings, listener: socket.socket, port_file: Path | None) -> 
         signal.signal(number, _ignore)
     server.run(sockets=[listener])
     return 0 if server.started else 1
-
-
-def _live() -> LiveFactory | None:
-    return None
 
 
 def _ignore(_: int, __: FrameType | None) -> None:

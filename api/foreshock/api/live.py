@@ -1,0 +1,427 @@
+"""Scores every committed record once, in order, and says what changed: risk rows, alerts, events.
+
+Ingest hands batches over and never waits; one thread works them off. Nothing is lost when that
+thread is slow or the process dies: what is not in memory is read again from the store. Decides no
+threshold and sends no alert itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Final, Protocol
+
+import pyarrow as pa
+
+from foreshock.api.alert_log import Alert, AlertContent, AlertLog, AlertSubject
+from foreshock.api.alert_text import summary_row
+from foreshock.api.diagnosis import Cause
+from foreshock.api.exposition import RunReading, ServiceTally
+from foreshock.api.live_run import Latest, RunAnalysis, Scorer
+from foreshock.api.registry import Registry
+from foreshock.api.risks import risk_document, risk_table
+from foreshock.api.stream import EventStream
+from foreshock.monitor.record import Risk, encode_number
+
+__all__ = ["LiveAnalysis", "LiveParts", "RecordStore"]
+
+logger = logging.getLogger(__name__)
+
+CHUNK: Final = 256
+"""Records of one run scored before the next run has its turn."""
+
+WARM_RECORDS: Final = 600
+"""Records before the newest scored one that bring a fresh scorer to where it was."""
+
+IDLE_SECONDS: Final = 900.0
+"""A run that sent nothing for so long leaves memory; it comes back with its next record."""
+
+STALE_ALERT: Final = timedelta(hours=6)
+"""An open alert of a run that sent nothing for so long ends."""
+
+_QUEUE_BYTES: Final = 256 * 1024 * 1024
+_FLUSH_ROWS: Final = 2048
+_FLUSH_SECONDS: Final = 0.5
+_TICK_SECONDS: Final = 0.2
+_RETRY_SECONDS: Final = 1.0
+_SWEEP_SECONDS: Final = 1.0
+_MOST_DRAINED: Final = 256
+
+_Key = tuple[str, int]
+
+
+class RecordStore(Protocol):
+    """What the live analysis needs of the store."""
+
+    def newest_records(self, run_id: str, attempt: int, up_to: int, count: int) -> pa.Table:
+        """The last `count` records with step <= up_to, sorted by step."""
+        ...
+
+    def next_records(self, run_id: str, attempt: int, after: int, count: int) -> pa.Table:
+        """The first `count` records with step > after, sorted by step."""
+        ...
+
+    def append_risk(self, run_id: str, attempt: int, table: pa.Table) -> None:
+        """Keep risk rows."""
+        ...
+
+    def last_risk_step(self, run_id: str, attempt: int) -> int | None:
+        """Newest step with a risk row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveParts:
+    """What the analysis works with.
+
+    Attributes:
+        registry: Names of runs.
+        store: Records and risk rows.
+        log: Alerts.
+        stream: Readers of events.
+        tally: The service's counters.
+        new_scorer: Makes a fresh scorer for an attempt.
+        diagnose: Causes as of (run_id, attempt, step).
+        alerted: Called after the alert log changed; must return at once.
+    """
+
+    registry: Registry
+    store: RecordStore
+    log: AlertLog
+    stream: EventStream
+    tally: ServiceTally
+    new_scorer: Callable[[], Scorer]
+    diagnose: Callable[[str, int, int], tuple[Cause, ...]]
+    alerted: Callable[[], None]
+
+
+class UnknownRun(LookupError):
+    """The registry does not know this run (any more)."""
+
+
+class LiveAnalysis:
+    """The queue, the thread and the runs in memory.
+
+    Args:
+        parts: What it works with.
+        queue_batches: Batches that may wait; a run whose batch finds no place is read again from
+            the store.
+        idle_seconds: When a silent run leaves memory.
+    """
+
+    def __init__(
+        self, parts: LiveParts, *, queue_batches: int = 1024, idle_seconds: float = IDLE_SECONDS
+    ) -> None:
+        self._parts = parts
+        self._idle_seconds = idle_seconds
+        self._queue: queue.Queue[tuple[_Key, pa.Table]] = queue.Queue(queue_batches)
+        self._lock = threading.Lock()
+        self._queued_bytes = 0
+        self._dirty: set[_Key] = set()
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="live-analysis", daemon=True)
+        # Only the worker changes it; readers copy it under the lock.
+        self._runs: dict[_Key, RunAnalysis] = {}
+        self._unsaved: dict[_Key, list[tuple[datetime, Risk]]] = {}
+        self._saved_at = time.monotonic()
+        self._failed: dict[_Key, float] = {}
+        self._swept_at = time.monotonic()
+        self._working = False
+
+    def start(self) -> None:
+        """Start the thread; records that an earlier process did not score come first."""
+        for run in self._parts.registry.runs():
+            newest = run.current
+            if newest is None or newest.last_step is None:
+                continue
+            scored = self._parts.store.last_risk_step(run.run_id, newest.number)
+            if scored is None or scored < newest.last_step:
+                self._dirty.add((run.run_id, newest.number))
+        self._thread.start()
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """Stop the thread and keep the risk rows; what was not scored is scored after a restart."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def committed(self, run_id: str, attempt: int, table: pa.Table) -> None:
+        """A batch is durable; returns at once.
+
+        Args:
+            run_id: Its run.
+            attempt: Its attempt.
+            table: Its records, of `SCHEMA`.
+        """
+        key = (run_id, attempt)
+        tally = self._parts.tally
+        tally.add("foreshock_ingest_batches_total")
+        tally.add("foreshock_ingest_records_total", table.num_rows)
+        tally.add("foreshock_ingest_tensors_total", _tensor_rows(table))
+        with self._lock:
+            fits = self._queued_bytes + table.nbytes <= _QUEUE_BYTES
+            if fits:
+                try:
+                    self._queue.put_nowait((key, table))
+                    self._queued_bytes += table.nbytes
+                except queue.Full:
+                    fits = False
+            if not fits:
+                self._dirty.add(key)
+        if not fits:
+            tally.add("foreshock_analysis_rereads_total")
+        self._wake.set()
+
+    def latest(self, run_id: str) -> Latest | None:
+        """The newest answer for a run in memory, of its highest attempt; None if it is not."""
+        with self._lock:
+            found = [run for (owner, _), run in self._runs.items() if owner == run_id]
+        newest = max(found, key=lambda run: run.subject.attempt, default=None)
+        return None if newest is None else newest.latest
+
+    def readings(self) -> Sequence[RunReading]:
+        """The newest values of each run in memory, the most recently active first."""
+        with self._lock:
+            runs = sorted(self._runs.values(), key=lambda run: -run.touched)
+        newest: dict[str, RunReading] = {}
+        for run in sorted(runs, key=lambda run: run.subject.attempt):
+            reading = run.reading()
+            if reading is not None:
+                newest[run.subject.run_id] = reading
+        order = dict.fromkeys(run.subject.run_id for run in runs)
+        return [newest[run_id] for run_id in order if run_id in newest]
+
+    @property
+    def queue_length(self) -> int:
+        """Batches that wait."""
+        return self._queue.qsize()
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything committed so far is scored and saved."""
+        with self._lock:
+            runs = list(self._runs.values())
+            waiting = bool(self._dirty) or not self._queue.empty() or self._queued_bytes > 0
+        waiting |= self._working or bool(self._unsaved)
+        return not (waiting or any(run.behind or run.pending for run in runs))
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.clear()
+            try:
+                busy = self._turn()
+            except Exception:  # noqa: BLE001 the worker's guard: one bad turn must not end it
+                self._failure("the live analysis failed in an unforeseen way")
+                busy = False
+            if not busy:
+                self._wake.wait(_TICK_SECONDS)
+        self._save(everything=True)
+
+    def _failure(self, message: str) -> None:
+        logger.exception(message)
+        self._parts.tally.add("foreshock_analysis_errors_total")
+
+    def _turn(self) -> bool:
+        """One round over queue and runs; whether there is more to do at once."""
+        self._working = True
+        now = time.monotonic()
+        taken, dirty = self._drain()
+        active = {key for key, run in self._runs.items() if run.behind or run.pending}
+        busy = False
+        for key in active | dirty | set(taken):
+            if now < self._failed.get(key, 0.0):
+                self._defer(key)
+            else:
+                busy |= self._serve(key, taken.get(key, ()), dirty=key in dirty)
+        self._save(everything=False)
+        if now - self._swept_at > _SWEEP_SECONDS:
+            self._swept_at = now
+            self._forget(now)
+            self._close_stale()
+        self._working = False
+        return busy
+
+    def _drain(self) -> tuple[dict[_Key, list[pa.Table]], set[_Key]]:
+        """Take what waits: batches by run, and the runs to be read from the store."""
+        taken: dict[_Key, list[pa.Table]] = {}
+        for _ in range(min(self._queue.qsize(), _MOST_DRAINED)):
+            key, table = self._queue.get_nowait()
+            taken.setdefault(key, []).append(table)
+        with self._lock:
+            self._queued_bytes -= sum(t.nbytes for tables in taken.values() for t in tables)
+            dirty, self._dirty = self._dirty, set()
+        return taken, dirty
+
+    def _defer(self, key: _Key) -> None:
+        with self._lock:
+            self._dirty.add(key)
+
+    def _serve(self, key: _Key, tables: Sequence[pa.Table], *, dirty: bool) -> bool:
+        """Give one run its batches and score a chunk; whether there may be more at once.
+
+        A failure is the run's own; it is read from the store again a little later.
+        """
+        try:
+            run = self._hand_over(key, tables, dirty=dirty)
+            return self._advance(run)
+        except UnknownRun:
+            logger.warning("run %s is gone; its records are not scored", key[0])
+        except Exception:  # noqa: BLE001 one run's trouble must not stop the others
+            self._failure(f"analysis of run {key[0]} failed")
+            self._failed[key] = time.monotonic() + _RETRY_SECONDS
+            self._defer(key)
+        return False
+
+    def _hand_over(self, key: _Key, tables: Sequence[pa.Table], *, dirty: bool) -> RunAnalysis:
+        run = self._runs.get(key)
+        if run is None:
+            run = self._opened(*key)
+            run.touched = time.monotonic()
+            with self._lock:
+                self._runs[key] = run
+        if tables:
+            run.touched = time.monotonic()
+        if dirty:
+            run.fall_behind()
+        late = sum(run.offer(table) for table in tables)
+        if late:
+            self._parts.tally.add("foreshock_late_records_total", late)
+            table = self._parts.store.newest_records(*key, run.last_step, WARM_RECORDS)
+            run.rebuild(self._parts.new_scorer(), table)
+        return run
+
+    def _opened(self, run_id: str, attempt: int) -> RunAnalysis:
+        """An attempt that was not in memory, its scorer brought to where it was."""
+        parts = self._parts
+        named = parts.registry.run(run_id)
+        if named is None:
+            raise UnknownRun(f"the registry does not know run {run_id}")
+        subject = AlertSubject(run_id, named.project, named.name, attempt)
+        run = RunAnalysis(subject, parts.new_scorer())
+        scored = parts.store.last_risk_step(run_id, attempt)
+        if scored is not None:
+            run.warm(parts.store.newest_records(run_id, attempt, scored, WARM_RECORDS))
+        for owner, number in parts.log.open_attempts():
+            if owner == run_id and number < attempt:
+                before = AlertSubject(run_id, named.project, named.name, number)
+                first = max(run.last_step, 0)
+                self._tell(parts.log.close(before, first, f"attempt {attempt} began"))
+        return run
+
+    def _advance(self, run: RunAnalysis) -> bool:
+        """Score a chunk; whether there may be more at once."""
+        subject = run.subject
+        if run.behind:
+            store = self._parts.store
+            table = store.next_records(subject.run_id, subject.attempt, run.last_step, CHUNK)
+            more = table.num_rows == CHUNK
+            run.behind = more
+        else:
+            ready = run.ready(time.monotonic(), CHUNK)
+            if ready is None:
+                return False
+            table, more = ready, run.pending > 0
+        self._score(run, table)
+        return bool(more)
+
+    def _score(self, run: RunAnalysis, table: pa.Table) -> None:
+        subject = run.subject
+        key = (subject.run_id, subject.attempt)
+        scored = run.score(table)
+        while True:
+            started = time.perf_counter()
+            pair = next(scored, None)
+            if pair is None:
+                break
+            self._parts.tally.scored(time.perf_counter() - started)
+            record, risk = pair
+            if risk is None:
+                self._parts.tally.add("foreshock_analysis_errors_total")
+                continue
+            self._unsaved.setdefault(key, []).append((record.time, risk))
+            explain = partial(self._explain, subject, risk)
+            self._tell(self._parts.log.follow(subject, risk, explain))
+        self._publish(run)
+
+    def _explain(self, subject: AlertSubject, risk: Risk) -> AlertContent:
+        causes: tuple[Cause, ...] = ()
+        try:
+            causes = self._parts.diagnose(subject.run_id, subject.attempt, risk.step)
+        except Exception:  # noqa: BLE001 an alert without its cause is worth more than none
+            self._failure(f"diagnosis of run {subject.run} failed")
+        return AlertContent(
+            step=risk.step,
+            probability=risk.probability,
+            expected_lead=risk.expected_lead,
+            causes=tuple(asdict(cause) for cause in causes),
+            drivers=tuple(asdict(driver) for driver in risk.drivers),
+            model_version=risk.model_version,
+        )
+
+    def _tell(self, changed: Sequence[Alert]) -> None:
+        for alert in changed:
+            self._parts.stream.publish("alert", alert.subject.run_id, summary_row(alert))
+        if changed:
+            self._parts.alerted()
+
+    def _publish(self, run: RunAnalysis) -> None:
+        latest, reading = run.latest, run.reading()
+        if latest is None or reading is None:
+            return
+        subject = latest.subject
+        who = {"run_id": subject.run_id, "run": subject.run, "attempt": subject.attempt}
+        scalars = {name: encode_number(value) for name, value in reading.scalars.items()}
+        step = {"step": latest.step, "time": latest.time.isoformat(), "scalars": scalars}
+        self._parts.stream.publish("step", subject.run_id, who | step)
+        self._parts.stream.publish("risk", subject.run_id, who | risk_document(latest.risk))
+
+    def _save(self, *, everything: bool) -> None:
+        """Give risk rows to the store, in groups."""
+        now = time.monotonic()
+        waiting = sum(map(len, self._unsaved.values()))
+        due = waiting >= _FLUSH_ROWS or now - self._saved_at >= _FLUSH_SECONDS
+        if not waiting or not (due or everything):
+            return
+        self._saved_at = now
+        for key, risks in list(self._unsaved.items()):
+            self._parts.store.append_risk(*key, risk_table(risks))
+            del self._unsaved[key]
+
+    def _forget(self, now: float) -> None:
+        """Drop runs that went silent, and attempts that a newer one has replaced."""
+        newest: dict[str, int] = {}
+        for run_id, attempt in self._runs:
+            newest[run_id] = max(attempt, newest.get(run_id, 0))
+        for key, run in list(self._runs.items()):
+            idle = now - run.touched > self._idle_seconds or key[1] < newest[key[0]]
+            if idle and not (run.behind or run.pending or key in self._unsaved):
+                with self._lock:
+                    del self._runs[key]
+                self._failed.pop(key, None)
+
+    def _close_stale(self) -> None:
+        for run_id, attempt in self._parts.log.open_attempts():
+            run = self._parts.registry.run(run_id)
+            if (run_id, attempt) in self._runs or run is None:
+                continue
+            newest = run.current
+            heard = (None if newest is None else newest.last_received) or run.created_at
+            if datetime.now(UTC) - heard > STALE_ALERT:
+                subject = AlertSubject(run_id, run.project, run.name, attempt)
+                reason = "the run has sent nothing since"
+                self._tell(self._parts.log.close(subject, run.highest_step or 0, reason))
+
+
+def _tensor_rows(table: pa.Table) -> int:
+    return sum(
+        chunk.offsets[len(chunk)].as_py() - chunk.offsets[0].as_py()
+        for chunk in table["tensors"].chunks
+    )

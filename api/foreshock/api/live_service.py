@@ -1,0 +1,121 @@
+"""The live half of the service, put together from the settings: analysis, alerts, events, metrics.
+
+What the application starts, stops and asks; computes nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from foreshock.api.alert_log import AlertLog
+from foreshock.api.artifact import load_shipped
+from foreshock.api.delivery import AlertmanagerChannel, AppriseChannel, Channel, Delivery
+from foreshock.api.diagnosis import Cause, diagnose
+from foreshock.api.exposition import ServiceTally, metrics_registry
+from foreshock.api.live import LiveAnalysis, LiveParts
+from foreshock.api.live_run import Latest, Scorer
+from foreshock.api.registry import Registry
+from foreshock.api.scorer import LocalScorer
+from foreshock.api.settings import Settings
+from foreshock.api.store import Store
+from foreshock.api.stream import EventStream
+from foreshock.api.windows import DIAGNOSIS_RECORDS, RunRecords, run_window
+
+__all__ = ["LiveService", "alert_channels"]
+
+
+def alert_channels(settings: Settings) -> tuple[Channel, ...]:
+    """Where the settings say that alerts go.
+
+    Raises:
+        ValueError: apprise does not know one of the addresses.
+    """
+    page = settings.public_url or None
+    through_apprise = (AppriseChannel(url, page=page) for url in settings.alert_urls)
+    alertmanagers = (AlertmanagerChannel(url, page=page) for url in settings.alertmanager_urls)
+    return (*through_apprise, *alertmanagers)
+
+
+class LiveService:
+    """Everything that happens to a run once its records are durable.
+
+    Attributes:
+        log: The alerts.
+        stream: The events.
+        metrics: What `/metrics` shows.
+        tally: The service's counters.
+
+    Raises:
+        ValueError: An alert address is wrong.
+    """
+
+    def __init__(self, settings: Settings, registry: Registry, store: Store) -> None:
+        channels = alert_channels(settings)
+        self._records = RunRecords(store)
+        self._artifact = load_shipped()
+        self.log = AlertLog(registry, [channel.name for channel in channels])
+        self.stream = EventStream()
+        self.tally = ServiceTally()
+        self._delivery = Delivery(registry, self.log, channels, count=self.tally.delivery)
+        parts = LiveParts(
+            registry=registry,
+            store=self._records,
+            log=self.log,
+            stream=self.stream,
+            tally=self.tally,
+            new_scorer=self.new_scorer,
+            diagnose=self.diagnose,
+            alerted=self._delivery.wake,
+        )
+        self._analysis = LiveAnalysis(parts, queue_batches=settings.live_queue_batches)
+        self.metrics = metrics_registry(
+            tally=self.tally, runs=self._analysis.readings, gauges=self._gauges
+        )
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._delivery.start()
+        self._analysis.start()
+
+    def stop(self) -> None:
+        """End the event readers, then the threads; what is not done is done after a restart."""
+        self.stream.close()
+        self._analysis.stop()
+        self._delivery.stop()
+
+    def committed(self, run_id: str, attempt: int, table: pa.Table) -> None:
+        """A batch is durable; returns at once (see `LiveAnalysis.committed`)."""
+        self._analysis.committed(run_id, attempt, table)
+
+    def latest(self, run_id: str) -> Latest | None:
+        """The newest answer for a run, None when it is not live."""
+        return self._analysis.latest(run_id)
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything committed so far is scored and saved."""
+        return self._analysis.idle
+
+    def new_scorer(self) -> Scorer:
+        """A fresh scorer with the shipped model."""
+        return LocalScorer(self._artifact)
+
+    def diagnose(self, run_id: str, attempt: int, step: int) -> tuple[Cause, ...]:
+        """Likely causes as of a step, from the records before it.
+
+        Args:
+            run_id: The run.
+            attempt: Its attempt.
+            step: Nothing after it is looked at.
+        """
+        table = self._records.newest_records(run_id, attempt, step, DIAGNOSIS_RECORDS)
+        return diagnose(run_window(table)) if table.num_rows else ()
+
+    def _gauges(self) -> Mapping[str, float]:
+        return {
+            "foreshock_live_runs": len(self._analysis.readings()),
+            "foreshock_event_readers": self.stream.readers,
+            "foreshock_scoring_queue_length": self._analysis.queue_length,
+        }

@@ -1,0 +1,70 @@
+"""Why a run is at risk: likely causes with evidence and remedy.
+
+Looks at the stored statistics of the newest records; knows no configuration of the run.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+
+from foreshock.api.routes.live_parts import Live, Number, WantedRun
+from foreshock.api.services import view_of
+from foreshock.monitor.record import encode_number
+
+__all__ = ["CauseModel", "DiagnosisAnswer", "router"]
+
+router = APIRouter(tags=["risk"])
+
+
+class CauseModel(BaseModel):
+    """One likely cause."""
+
+    name: str = Field(description="learning_rate, scale, outlier, bad_data or unknown")
+    probability: Number
+    layers: list[str] = Field(description="Most affected first")
+    role: str | None
+    statistic: str | None
+    since_step: int | None
+    evidence: str
+    remedy: str
+    source: str
+
+
+class DiagnosisAnswer(BaseModel):
+    """Causes, most likely first."""
+
+    step: int | None = Field(description="As of this step; null before the first record")
+    causes: list[CauseModel]
+
+
+@router.get("/runs/{run}/diagnosis")
+def diagnosis(
+    run: WantedRun,
+    live: Live,
+    step: Annotated[int | None, Query(ge=0, description="As of this step, default newest")] = None,
+    attempt: Annotated[int | None, Query(ge=1, description="Default: the newest")] = None,
+) -> DiagnosisAnswer:
+    """Likely causes as of a step, from the records up to it."""
+    if run.current is None:
+        return DiagnosisAnswer(step=None, causes=[])
+    number = view_of(run, attempt, 0, 0).attempt or run.current.number
+    newest = max(a.last_step or 0 for a in run.attempts if a.number == number)
+    as_of = newest if step is None else step
+    causes = [
+        CauseModel(
+            name=cause.name,
+            probability=encode_number(cause.probability),
+            layers=list(cause.layers),
+            role=cause.role,
+            statistic=cause.statistic,
+            since_step=cause.since_step,
+            evidence=cause.evidence,
+            remedy=cause.remedy,
+            source=cause.source,
+        )
+        for cause in live.diagnose(run.run_id, number, as_of)
+    ]
+    return DiagnosisAnswer(step=as_of, causes=causes)

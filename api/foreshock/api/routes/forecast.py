@@ -1,0 +1,115 @@
+"""Records in, risks out: the same scorer as for live runs, with nothing kept.
+
+For logs that are not in the service; `foreshock score` does the same without a service.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Header, Request
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from foreshock.api.columns import RecordReader
+from foreshock.api.live_run import Scorer
+from foreshock.api.problems import Problem
+from foreshock.api.risks import risk_document
+from foreshock.api.routes.live_parts import Live
+from foreshock.api.routes.risk import RiskModel
+from foreshock.api.services import ServicesDep
+from foreshock.api.wire import (
+    ARROW,
+    JSON,
+    BodyLimits,
+    BodyTooLarge,
+    UnknownEncoding,
+    decode_body,
+    read_batch,
+)
+from foreshock.monitor.record import HORIZONS, RecordError
+
+__all__ = ["ForecastAnswer", "router"]
+
+router = APIRouter(tags=["risk"])
+
+MOST_RECORDS: Final = 20_000
+
+
+class ForecastAnswer(BaseModel):
+    """One risk per record, in order; each from the records up to it only."""
+
+    horizon_steps: list[int] = Field(default_factory=lambda: list(HORIZONS))
+    risks: list[RiskModel]
+
+
+_BODY: Final = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            JSON: {
+                "schema": {"type": "object", "properties": {"records": {"type": "array"}}},
+                "example": {
+                    "records": [
+                        {
+                            "step": 0,
+                            "time": "2026-11-21T12:00:00Z",
+                            "scalars": {"loss": 10.8, "grad_norm": 3.1},
+                        }
+                    ]
+                },
+            },
+            ARROW: {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+@router.post("/forecast", openapi_extra=_BODY)
+async def forecast(
+    request: Request,
+    live: Live,
+    services: ServicesDep,
+    content_type: Annotated[str, Header()] = JSON,
+    content_encoding: Annotated[str, Header()] = "identity",
+) -> ForecastAnswer:
+    """Score records of one run, with rising steps; at most 20,000 a call."""
+    settings = services.settings
+    body = await request.body()
+    media_type = content_type.partition(";")[0].strip().lower()
+    limits = BodyLimits(arrow=settings.max_decoded_bytes, json=settings.max_json_bytes)
+    try:
+        return await run_in_threadpool(
+            _forecast, body, media_type, content_encoding, limits, live.new_scorer()
+        )
+    except RecordError as error:
+        members = {} if error.index is None else {"record": error.index}
+        raise Problem(422, str(error), members=members) from None
+    except BodyTooLarge as error:
+        raise Problem(413, str(error)) from None
+    except UnknownEncoding as error:
+        raise Problem(415, str(error)) from None
+
+
+def _forecast(
+    body: bytes, media_type: str, encoding: str, limits: BodyLimits, scorer: Scorer
+) -> ForecastAnswer:
+    if media_type not in (JSON, ARROW):
+        raise Problem(415, f"Content-Type {media_type!r} is not read; allowed: {JSON}, {ARROW}")
+    table = read_batch(decode_body(body, encoding, limits.arrow), media_type, limits)
+    if table.num_rows > MOST_RECORDS:
+        raise Problem(413, f"{table.num_rows} records; at most {MOST_RECORDS} a call")
+    risks, last = [], -1
+    for index, record in enumerate(RecordReader().read(table)):
+        if record.step <= last:
+            raise RecordError(f"step {record.step} follows {last}; steps must rise", index)
+        last = record.step
+        risk = scorer.score(
+            step=record.step,
+            scalars=record.scalars,
+            events=record.events,
+            identities=None if record.layout is None else record.layout.identities,
+            statistics=record.statistics,
+        )
+        risks.append(RiskModel(**risk_document(risk)))
+    return ForecastAnswer(risks=risks)

@@ -1,0 +1,164 @@
+"""How likely a run is to diverge: now, and over its life.
+
+Reads what the live analysis found; scores nothing itself.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from foreshock.api.registry import Run
+from foreshock.api.risks import risk_document, risk_history
+from foreshock.api.routes.live_parts import Live, Number, WantedRun
+from foreshock.api.services import ServicesDep, view_of
+from foreshock.api.store import Store
+from foreshock.monitor.record import HORIZONS, AlertState, Risk, RiskKind
+
+__all__ = ["DriverModel", "RiskAnswer", "RiskHistory", "RiskModel", "router"]
+
+router = APIRouter(tags=["risk"])
+
+_LAST: Final = 2**63 - 1
+_EXAMPLE: Final[dict[str, JsonValue]] = {
+    "step": 312,
+    "probability": {"10": 0.12, "100": 0.71, "1000": None},
+    "band": {"10": [0.05, 0.2], "100": [0.5, 0.85]},
+    "reasons": {"1000": "the corpus holds no run that long"},
+    "expected_lead": 43.0,
+    "kind": "forecast",
+    "state": "firing",
+    "drivers": [
+        {"signal": "grad_output.kurtosis.max", "contribution": 1.4, "layer": "blocks.3.mlp.down"}
+    ],
+    "model_version": "2026.11-1",
+    "run_id": "0f8c3a5e9b7d4c21a6f0e1d2c3b4a596",
+    "attempt": 1,
+    "time": "2026-11-21T12:00:00Z",
+    "horizon_steps": [10, 100, 1000],
+    "steps_per_record": 1,
+    "hours_at_risk": 0.4,
+}
+
+
+class DriverModel(BaseModel):
+    """A signal's part in the forecast, as a share of log-odds; positive raises the risk."""
+
+    signal: str
+    contribution: Number
+    layer: str | None = None
+
+
+class RiskModel(BaseModel):
+    """The risk after one record. Keys of `probability`, `band` and `reasons` are horizons."""
+
+    step: int | None
+    probability: dict[str, Number] = Field(description="null where the model cannot say")
+    band: dict[str, list[Number]] = Field(default_factory=dict, description="[low, high]")
+    reasons: dict[str, str] = Field(default_factory=dict, description="For each null, why")
+    expected_lead: Number = Field(
+        default=None, description="Steps until the loss rises, given it does"
+    )
+    kind: RiskKind | None = None
+    state: AlertState = "ok"
+    drivers: list[DriverModel] = Field(default_factory=list)
+    model_version: str = ""
+
+
+class RiskAnswer(RiskModel):
+    """The newest risk of a run."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+
+    run_id: str
+    attempt: int | None = None
+    time: datetime | None = None
+    horizon_steps: list[int] = Field(default_factory=lambda: list(HORIZONS))
+    steps_per_record: int | None = None
+    hours_at_risk: float | None = Field(
+        default=None,
+        description="Hours of training since the last checkpoint (or the first record) seen",
+    )
+
+
+class RiskHistory(BaseModel):
+    """Risks by step: lists of equal length, the numbers by horizon; null = cannot say."""
+
+    step: list[int]
+    probability: dict[str, list[Number]]
+    low: dict[str, list[Number]]
+    high: dict[str, list[Number]]
+    state: list[AlertState]
+    kind: list[RiskKind | None]
+
+
+@router.get("/runs/{run}/risk")
+def newest_risk(run: WantedRun, live: Live, services: ServicesDep) -> RiskAnswer:
+    """The newest risk: per horizon, with drivers, lead and alert state."""
+    latest = live.latest(run.run_id)
+    if latest is None:
+        return _from_store(run, services.store)
+    return RiskAnswer(
+        **risk_document(latest.risk),
+        run_id=run.run_id,
+        attempt=latest.subject.attempt,
+        time=latest.time,
+        steps_per_record=latest.steps_per_record,
+        hours_at_risk=latest.hours_at_risk,
+    )
+
+
+def _from_store(run: Run, store: Store) -> RiskAnswer:
+    """The last answer of a run that is not live any more; drivers are not kept."""
+    attempt = None if run.current is None else run.current.number
+    step = None if attempt is None else store.last_risk_step(run.run_id, attempt)
+    if attempt is None or step is None:
+        reasons = {
+            str(horizon): "no record of this run has been scored yet" for horizon in HORIZONS
+        }
+        nothing: dict[str, Number] = {str(horizon): None for horizon in HORIZONS}
+        return RiskAnswer(
+            step=None, probability=nothing, reasons=reasons, run_id=run.run_id, attempt=attempt
+        )
+    rows = store.risk_history(run.run_id, attempt, step, step).to_pylist()
+    risk = _risk(step, rows)
+    return RiskAnswer(
+        **risk_document(risk), run_id=run.run_id, attempt=attempt, time=rows[0]["time"]
+    )
+
+
+def _risk(step: int, rows: list[dict[str, Any]]) -> Risk:
+    known = {row["horizon"]: row for row in rows}
+    first = rows[0]
+    unknown = {h for h, row in known.items() if row["probability"] is None}
+    return Risk(
+        step=step,
+        probability={h: row["probability"] for h, row in known.items()},
+        reasons={h: "the model could not say" for h in unknown},
+        band={h: (row["low"], row["high"]) for h, row in known.items() if row["low"] is not None},
+        expected_lead=first["expected_lead"],
+        kind=first["kind"],
+        state=first["state"],
+        model_version=first["model_version"],
+    )
+
+
+@router.get("/runs/{run}/risk/history")
+def history(
+    run: WantedRun,
+    services: ServicesDep,
+    *,
+    first_step: Annotated[int, Query(ge=0)] = 0,
+    last_step: Annotated[int, Query(ge=0)] = _LAST,
+    points: Annotated[int, Query(ge=2, le=10_000, description="At most so many steps")] = 1000,
+    attempt: Annotated[
+        int | None, Query(ge=1, description="Default: the highest that holds each step")
+    ] = None,
+) -> RiskHistory:
+    """Risk by step, thinned so that peaks stay: of each stretch the step of the highest risk."""
+    view = view_of(run, attempt, first_step, last_step)
+    table = services.store.risk_history(view.run_id, view.attempt, first_step, last_step)
+    return RiskHistory(**risk_history(table, points))

@@ -1,0 +1,127 @@
+"""Pieces of a run out of the store: the next and the newest records, and a window for diagnosis.
+
+Counts in records, where the store counts in steps. Writes risk rows through and keeps nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from foreshock.api.columns import RecordColumns, RecordReader
+from foreshock.api.diagnosis import RunWindow
+from foreshock.api.store import Store, View
+from foreshock.monitor.record import SCHEMA, STATISTICS, TensorIdentity
+
+__all__ = ["DIAGNOSIS_RECORDS", "RunRecords", "run_window"]
+
+DIAGNOSIS_RECORDS: Final = 256
+"""Records that a diagnosis looks back over."""
+
+_WIDEN: Final = 8
+
+
+class RunRecords:
+    """Reads records of attempts by their number.
+
+    Args:
+        store: The store.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def next_records(self, run_id: str, attempt: int, after: int, count: int) -> pa.Table:
+        """The first `count` records with step > after, sorted by step."""
+        bounds = self._store.bounds(View(run_id, attempt, first_step=after + 1))
+        if bounds is None:
+            return SCHEMA.empty_table()
+        first, end = bounds
+        span = count
+        while True:
+            last = min(first + span - 1, end)
+            steps = self._steps(run_id, attempt, first, last)
+            if len(steps) >= count or last == end:
+                break
+            span *= _WIDEN
+        return self._store.record_window(run_id, attempt, first, int(steps[:count][-1]))
+
+    def newest_records(self, run_id: str, attempt: int, up_to: int, count: int) -> pa.Table:
+        """The last `count` records with step <= up_to, sorted by step."""
+        bounds = self._store.bounds(View(run_id, attempt, last_step=up_to))
+        if bounds is None:
+            return SCHEMA.empty_table()
+        begin, last = bounds
+        span = count
+        while True:
+            first = max(last - span + 1, begin)
+            steps = self._steps(run_id, attempt, first, last)
+            if len(steps) >= count or first == begin:
+                break
+            span *= _WIDEN
+        return self._store.record_window(run_id, attempt, int(steps[-count:][0]), last)
+
+    def append_risk(self, run_id: str, attempt: int, table: pa.Table) -> None:
+        """Keep risk rows."""
+        self._store.append_risk(run_id, attempt, table)
+
+    def last_risk_step(self, run_id: str, attempt: int) -> int | None:
+        """Newest step with a risk row."""
+        return self._store.last_risk_step(run_id, attempt)
+
+    def _steps(
+        self, run_id: str, attempt: int, first: int, last: int
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+        steps = self._store.step_window(View(run_id, attempt, first, last))["step"].to_numpy()
+        return np.asarray(steps, dtype=np.int64)
+
+
+def run_window(table: pa.Table) -> RunWindow:
+    """Records as arrays over time.
+
+    Args:
+        table: T records of `SCHEMA`, sorted by step.
+
+    Returns:
+        Steps (T,), scalars (T,) each (non-finite ones NaN too) and statistics (T, rows) each, NaN
+        where not measured; rows are all tensors that stand in any of the records.
+    """
+    records = list(RecordReader().read(table))
+    names = sorted({name for record in records for name in record.scalars})
+    rows: dict[TensorIdentity, int] = {}
+    for record in records:
+        for identity in record.layout.identities if record.layout is not None else ():
+            rows.setdefault(identity, len(rows))
+    statistics = {name: np.full((len(records), len(rows)), np.nan) for name in STATISTICS}
+    for time, record in enumerate(records):
+        _place(statistics, time, record, rows)
+    return RunWindow(
+        steps=np.array([record.step for record in records], dtype=np.int64),
+        scalars={
+            name: _finite([record.scalars.get(name, np.nan) for record in records])
+            for name in names
+        },
+        identities=tuple(rows),
+        statistics=statistics,
+    )
+
+
+def _finite(values: list[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    array = np.array(values, dtype=np.float64)
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def _place(
+    statistics: dict[str, np.ndarray[Any, np.dtype[np.float64]]],
+    time: int,
+    record: RecordColumns,
+    rows: dict[TensorIdentity, int],
+) -> None:
+    if record.layout is None or record.statistics is None:
+        return
+    place = [rows[identity] for identity in record.layout.identities]
+    for name, values in statistics.items():
+        measured = record.statistics[name]
+        values[time, place] = np.where(np.ma.getmaskarray(measured), np.nan, measured.data)

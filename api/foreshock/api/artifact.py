@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from skops import io as skops_io
-
 from foreshock.api.alerts import AlertSettings
 from foreshock.api.features import FEATURES, GRADIENT_FEATURES, LOSS_FEATURES, FeatureSettings
 from foreshock.api.forecaster import DivergenceForecaster
+from foreshock.api.skops_import import import_skops
 
 __all__ = ["HEADS", "Artifact", "ArtifactError", "Head", "load", "load_shipped", "save"]
 
@@ -25,6 +24,8 @@ HEADS: Final[Mapping[str, tuple[str, ...]]] = {
     "loss": LOSS_FEATURES,
 }
 """Which features each fitted head sees, richest first."""
+
+skops_io: Final = import_skops()
 
 _TRUSTED: Final = ("foreshock.api.forecaster.DivergenceForecaster",)
 _MODEL_FILE: Final = "forecaster.skops"

@@ -17,6 +17,7 @@ __all__ = ["Guard"]
 
 _LOGGER = logging.getLogger("foreshock.monitor")
 _SECONDS_BETWEEN_LOGS = 60.0
+_UNDER_TEST = "PYTEST_VERSION" in os.environ
 
 
 class Guard:
@@ -52,7 +53,7 @@ class Guard:
         if not isinstance(error, Exception):
             return False
         self._count(error)
-        return "PYTEST_CURRENT_TEST" not in os.environ
+        return not _UNDER_TEST
 
     def take_unreported(self) -> tuple[str, ...]:
         """Messages since the last call, for an event in the next record; at most ten are kept."""

@@ -29,7 +29,7 @@ class Ear:
         assert not loss.requires_grad
         self.heard.append(("loss", float(loss)))
 
-    def event(self, kind: str, *, detail: str | None = None) -> None:
+    def event(self, kind: str, detail: str | None = None) -> None:
         self.heard.append((kind, detail))
 
     def close(self) -> None:
@@ -67,7 +67,8 @@ def test_each_step_is_reported_whole() -> None:
 def test_watch_hears_every_loss_and_is_closed() -> None:
     ears: list[Ear] = []
 
-    def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ear:
+    def attach(model: nn.Module, optimizer: torch.optim.Optimizer, first_step: int) -> Ear:
+        assert first_step == 0
         ears.append(Ear(model, optimizer))
         return ears[0]
 
@@ -79,7 +80,8 @@ def test_watch_hears_every_loss_and_is_closed() -> None:
 def test_watch_is_closed_when_the_run_breaks() -> None:
     ears: list[Ear] = []
 
-    def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ear:
+    def attach(model: nn.Module, optimizer: torch.optim.Optimizer, first_step: int) -> Ear:
+        assert first_step == 0
         ears.append(Ear(model, optimizer))
         return ears[0]
 

@@ -38,19 +38,20 @@ __all__ = [
 class Watcher(Protocol):
     """What the loop asks of a watch; `foreshock.monitor.Watch` is one."""
 
-    def log(self, *, loss: torch.Tensor) -> None:
+    def log(self, *, loss: torch.Tensor) -> object:
         """Take the loss of the step, a 0-dim tensor on the device."""
 
-    def event(self, kind: str, *, detail: str | None = None) -> None:
+    def event(self, kind: str, detail: str | None = None) -> object:
         """Note something that happened at this step."""
 
-    def close(self) -> None:
+    def close(self) -> object:
         """Hand over what is left and let go of the model."""
 
 
 Ended = Literal["finished", "nonfinite", "stopped"]
 
-WatchFactory = Callable[[nn.Module, torch.optim.Optimizer], Watcher]
+WatchFactory = Callable[[nn.Module, torch.optim.Optimizer, int], Watcher]
+"""Makes a watch of (model, optimizer, number of the first step to come)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def train(
 
     Args:
         config: The run.
-        watch: Makes the watch, from the model and its optimizer.
+        watch: Makes the watch; `foreshock.trainer.watched.watched(config)` gives the usual one.
         on_step: Called after every step.
         stop: Asked after every step; True ends the run in good order.
         checkpoints: None keeps none.
@@ -145,7 +146,7 @@ def train(
     """
     run = _Run(config, corpus or load_corpus(config.data.folder))
     first = run.resume(checkpoints) if checkpoints else 0
-    watcher = watch(run.model, run.optimizer) if watch else None
+    watcher = watch(run.model, run.optimizer, first) if watch else None
     ending = _Ending(config.steps, stop, nonfinite_steps)
     results: list[StepResult] = []
     ended: Ended | None = "finished" if first >= config.steps else None
@@ -238,7 +239,7 @@ class _Run:
     def save(self, policy: CheckpointPolicy, next_step: int, watcher: Watcher | None) -> None:
         path = checkpoint.save(policy.folder, self.config, self._state(), next_step)
         if watcher:
-            watcher.event("checkpoint", detail=path.name)
+            watcher.event("checkpoint", path.name)
 
     def _state(self) -> checkpoint.TrainingState:
         return checkpoint.TrainingState(

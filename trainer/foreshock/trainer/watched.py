@@ -28,7 +28,7 @@ def watched(
         spool: Folder for records that are not yet sent; None takes the monitor's own.
     """
 
-    def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Watcher:
+    def attach(model: nn.Module, optimizer: torch.optim.Optimizer, first_step: int) -> Watcher:
         return watch(
             model,
             optimizer,
@@ -38,6 +38,7 @@ def watched(
             tensor_every=config.tensor_every,
             tokens_per_step=config.data.batch_size * config.data.sequence_length,
             config=public_config(config),
+            first_step=first_step,
         )
 
     return attach

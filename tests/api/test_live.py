@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,11 +47,12 @@ class MemoryStore:
         table = self._table(run_id, attempt)
         return table.filter(pc.greater(table["step"], after)).slice(0, count)
 
-    def append_risk(self, run_id: str, attempt: int, table: pa.Table) -> None:
+    def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
         if self.broken:
             raise OSError("the store is away")
-        held = self.risks.setdefault((run_id, attempt), {})
-        held |= dict(zip(table["step"].to_pylist(), table["state"].to_pylist(), strict=True))
+        for run_id, attempt, table in groups:
+            held = self.risks.setdefault((run_id, attempt), {})
+            held |= dict(zip(table["step"].to_pylist(), table["state"].to_pylist(), strict=True))
 
     def last_risk_step(self, run_id: str, attempt: int) -> int | None:
         self._table(run_id, attempt)

@@ -67,8 +67,8 @@ class RecordStore(Protocol):
         """The first `count` records with step > after, sorted by step."""
         ...
 
-    def append_risk(self, run_id: str, attempt: int, table: pa.Table) -> None:
-        """Keep risk rows."""
+    def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
+        """Keep risk rows of several (run_id, attempt), all or none."""
         ...
 
     def last_risk_step(self, run_id: str, attempt: int) -> int | None:
@@ -391,9 +391,10 @@ class LiveAnalysis:
         if not waiting or not (due or everything):
             return
         self._saved_at = now
-        for key, risks in list(self._unsaved.items()):
-            self._parts.store.append_risk(*key, risk_table(risks))
-            del self._unsaved[key]
+        # One INSERT for all runs: the store copes with few large ones, not with many small ones.
+        groups = [(*key, risk_table(risks)) for key, risks in self._unsaved.items()]
+        self._parts.store.append_risks(groups)
+        self._unsaved.clear()
 
     def _forget(self, now: float) -> None:
         """Drop runs that went silent, and attempts that a newer one has replaced."""

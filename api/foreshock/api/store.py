@@ -178,18 +178,22 @@ class Store:
     # Writing: live analysis
 
     def append_risk(self, run_id: str, attempt: int, table: pa.Table) -> None:
-        """Add risk rows (`RISK_SCHEMA`); the newest row of a step and horizon wins.
+        """`append_risks` for one attempt."""
+        self.append_risks([(run_id, attempt, table)])
+
+    def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
+        """Add risk rows (`RISK_SCHEMA`) of several (run_id, attempt), in one INSERT.
+
+        The newest row of a step and horizon wins.
 
         Raises:
             StoreError: It failed.
         """
-        count = table.num_rows
-        rows = pa.table({field.name: table[field.name].cast(field.type) for field in RISK_SCHEMA})
-        rows = rows.append_column("run_id", pa.array([run_id] * count, pa.string()))
-        rows = rows.append_column("attempt", pa.array([attempt] * count, pa.uint32()))
-        rows = rows.append_column("ver", pa.array([time.time_ns()] * count, pa.uint64()))
-        with self._derived_lock:
-            self._derived.insert(f"{DATABASE}.risk", rows)
+        version = time.time_ns()
+        tables = [_risk_rows(run_id, attempt, version, table) for run_id, attempt, table in groups]
+        if tables:
+            with self._derived_lock:
+                self._derived.insert(f"{DATABASE}.risk", pa.concat_tables(tables))
 
     # Reading
 
@@ -206,9 +210,9 @@ class Store:
     def last_risk_step(self, run_id: str, attempt: int) -> int | None:
         """The newest step of an attempt with a risk row, or None."""
         view = View(run_id, attempt)
-        sql = f"SELECT max(step) AS step, count() AS n {view_sql(view, 'risk')}"
+        sql = f"SELECT max(step) AS newest, count() AS n {view_sql(view, 'risk')}"
         row = self._engine.read(sql, view.parameters).to_pylist()[0]
-        return int(row["step"]) if row["n"] else None
+        return int(row["newest"]) if row["n"] else None
 
     def step_window(self, view: View) -> pa.Table:
         """step, time and attempt of the records of a view, by step."""
@@ -329,6 +333,7 @@ class Store:
         bounds = self.bounds(view)
         if bounds is None:
             return _series(None)
+        view = _within(view, bounds)
         values = {"name": name, "origin": bounds[0], "width": _width(bounds, points)}
         return _series(self._engine.read(scalar_series_sql(view), view.parameters | values))
 
@@ -337,6 +342,7 @@ class Store:
         bounds = self.bounds(view)
         if bounds is None:
             return _series(None)
+        view = _within(view, bounds)
         values = key.parameters | {"origin": bounds[0], "width": _width(bounds, points)}
         sql = tensor_series_sql(view, key)
         return _series(self._engine.read(sql, view.parameters | values))
@@ -348,6 +354,7 @@ class Store:
         bounds = self.bounds(view)
         if bounds is None:
             return Heatmap(steps=(), values={})
+        view = _within(view, bounds)
         width = _width(bounds, points)
         values: dict[str, Any] = {"role": role, "origin": bounds[0], "width": width}
         if number_format is not None:
@@ -380,6 +387,19 @@ class Store:
         position = rows.schema.get_field_index("expert")
         filled = pa.array(expert.data, pa.int32(), mask=np.ma.getmaskarray(expert))
         return rows.set_column(position, "expert", filled)
+
+
+def _risk_rows(run_id: str, attempt: int, version: int, table: pa.Table) -> pa.Table:
+    count = table.num_rows
+    rows = pa.table({field.name: table[field.name].cast(field.type) for field in RISK_SCHEMA})
+    rows = rows.append_column("run_id", pa.array([run_id] * count, pa.string()))
+    rows = rows.append_column("attempt", pa.array([attempt] * count, pa.uint32()))
+    return rows.append_column("ver", pa.array([version] * count, pa.uint64()))
+
+
+def _within(view: View, bounds: tuple[int, int]) -> View:
+    # Later records may come in while a request is worked on.
+    return replace(view, first_step=bounds[0], last_step=bounds[1])
 
 
 def _width(bounds: tuple[int, int], points: int) -> int:

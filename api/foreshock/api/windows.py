@@ -5,6 +5,7 @@ Counts in records, where the store counts in steps. Writes risk rows through and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -63,9 +64,9 @@ class RunRecords:
             span *= _WIDEN
         return self._store.record_window(run_id, attempt, int(steps[-count:][0]), last)
 
-    def append_risk(self, run_id: str, attempt: int, table: pa.Table) -> None:
-        """Keep risk rows."""
-        self._store.append_risk(run_id, attempt, table)
+    def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
+        """Keep risk rows of several (run_id, attempt)."""
+        self._store.append_risks(groups)
 
     def last_risk_step(self, run_id: str, attempt: int) -> int | None:
         """Newest step with a risk row."""

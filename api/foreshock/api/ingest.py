@@ -12,10 +12,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -335,20 +336,18 @@ class Ingest:
 
     def _settle(self, jobs: Sequence[_Job]) -> None:
         """Store a group; if that fails, each batch on its own, so that one cannot hold the rest."""
-        try:
-            self._store_group(jobs)
-        except Exception as error:  # noqa: BLE001 - the one guard of this worker's loop
-            self._clean = False
-            if len(jobs) > 1:
-                for job in jobs:
-                    self._settle([job])
-                return
-            if not isinstance(error, StoreError | SQLAlchemyError):
-                _log.exception("a batch could not be stored")
-            else:
-                _log.error("a batch could not be stored: %s", error)
-            if not jobs[0].future.done():
-                jobs[0].future.set_exception(Unavailable("the batch could not be made durable"))
+        error = _guarded(lambda: self._store_group(jobs))
+        if error is None:
+            return
+        self._clean = False
+        if len(jobs) > 1:
+            for job in jobs:
+                self._settle([job])
+            return
+        expected = isinstance(error, StoreError | SQLAlchemyError)
+        _log.error("a batch was not stored: %s", error, exc_info=None if expected else error)
+        if not jobs[0].future.done():
+            jobs[0].future.set_exception(Unavailable("the batch could not be made durable"))
 
     def _store_group(self, jobs: Sequence[_Job]) -> None:
         if not self._clean:
@@ -382,7 +381,10 @@ class Ingest:
             )
         for item in plan.planned.values():
             for attempt, table in _by_attempt(item.job.batch.table, item.placed.attempts):
-                self._listener.committed(item.entry.run_id, attempt, table)
+                tell = partial(self._listener.committed, item.entry.run_id, attempt, table)
+                error = _guarded(tell)
+                if error is not None:
+                    _log.error("the listener failed", exc_info=error)
 
     def _recover(self) -> None:
         self._ledger.forget()
@@ -391,6 +393,14 @@ class Ingest:
         if removed:
             _log.warning("removed %d rows of batches that were never acknowledged", removed)
         self._clean = True
+
+
+def _guarded(action: Callable[[], None]) -> Exception | None:
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001 - the one guard of this worker: it must live on
+        return error
+    return None
 
 
 def _by_attempt(

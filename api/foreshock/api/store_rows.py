@@ -171,6 +171,7 @@ def assemble_records(
         tensors: step and the columns of `TENSOR_TYPE`.
     """
     order = steps["step"].to_numpy()
+    scalars, events, tensors = (_held(order, rows) for rows in (scalars, events, tensors))
     event_type = SCHEMA.field("events").type
     tensor_type = SCHEMA.field("tensors").type
     offsets = _offsets(order, scalars)
@@ -187,6 +188,12 @@ def assemble_records(
         ),
     ]
     return pa.table(columns, schema=SCHEMA)
+
+
+def _held(order: np.ndarray[Any, Any], rows: pa.Table) -> pa.Table:
+    """Leave out rows whose step is not there (yet): it is written last."""
+    held = np.isin(rows["step"].to_numpy(), order)
+    return rows if held.all() else rows.filter(pa.array(held))
 
 
 def _plain(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
@@ -212,6 +219,7 @@ def widen(steps: pa.Table, scalars: pa.Table, names: Sequence[str]) -> pa.Table:
         names: Columns to make, in order.
     """
     order = steps["step"].to_numpy()
+    scalars = _held(order, scalars)
     position = np.searchsorted(order, scalars["step"].to_numpy())
     label = np.asarray(scalars["name"].to_pylist(), dtype=object)
     value = scalars["value"].to_numpy()

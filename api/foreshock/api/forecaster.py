@@ -53,14 +53,15 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         gap: Steps between a row and the first step the forecast speaks of.
         strength: Inverse regularisation (C of `LogisticRegression`).
         folds: Folds of groups.
-        min_groups: An interval with fewer groups that have an onset in it, or fewer that pass
-            through it, is not supported.
+        min_runs: An interval with fewer runs that have an onset in it, or fewer that pass through
+            it, is not supported.
         prior: Expected onsets per step where the model is used; None keeps the training rate.
         random_state: Seed of the folds.
 
     Attributes:
         supported_: (horizons,) bool.
         reasons_: Horizon to the reason why it is not supported.
+        fold_of_group_: Group to the fold it was held out in.
         base_rate_: Onsets per step at risk in the training rows.
         n_features_in_: Number of features.
     """
@@ -72,7 +73,7 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         gap: int = 1,
         strength: float = 0.01,
         folds: int = 5,
-        min_groups: int = 10,
+        min_runs: int = 10,
         prior: float | None = None,
         random_state: int = 0,
     ) -> None:
@@ -80,7 +81,7 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         self.gap = gap
         self.strength = strength
         self.folds = folds
-        self.min_groups = min_groups
+        self.min_runs = min_runs
         self.prior = prior
         self.random_state = random_state
 
@@ -90,6 +91,7 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         y: npt.ArrayLike,
         *,
         groups: npt.ArrayLike | None = None,
+        runs: npt.ArrayLike | None = None,
         sample_weight: npt.ArrayLike | None = None,
     ) -> Self:
         """Fit one calibrated hazard per interval.
@@ -98,7 +100,8 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
             X: (rows, features), NaN = missing.
             y: (rows,) steps to the onset, inf = none was seen; or (rows, 2), where the second
                 column says for how many steps after the row the run was observed.
-            groups: (rows,) runs, or families of runs, that must not be split; None: every row.
+            groups: (rows,) families of runs that must not be split; None: every row.
+            runs: (rows,) runs, for counting whether an interval is supported; None: the groups.
             sample_weight: (rows,) how many rows each stands for.
 
         Raises:
@@ -112,25 +115,24 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         rows = len(data)
         label = np.arange(rows) if groups is None else np.asarray(groups)
         weight = np.ones(rows) if sample_weight is None else np.asarray(sample_weight, np.float64)
-        if label.shape != (rows,) or weight.shape != (rows,):
-            raise ValueError(f"groups and sample_weight must have {rows} entries, one per row")
+        run = label if runs is None else np.asarray(runs)
+        if not label.shape == run.shape == weight.shape == (rows,):
+            raise ValueError(f"groups, runs, sample_weight: give {rows} entries, one per row")
         basis = _basis(data)
         self._scale = np.maximum(np.sqrt(np.average(basis**2, axis=0, weights=weight)), 0.05)
         basis = basis / self._scale
         fold = _fold_of(label, self.folds, self.random_state)
+        self.fold_of_group_ = dict(zip(label.tolist(), fold.tolist(), strict=True))
         self.reasons_: dict[int, str] = {}
-        self.oof_hazard_ = np.full((rows, len(self.horizons)), np.nan)
         self._models: list[dict[str, FloatArray]] = []
         for index, interval in enumerate(self._intervals()):
             at_risk, event = _outcome(interval, time, observed)
-            reason = self._unsupported(label[at_risk], event[at_risk], fold[at_risk], interval)
+            reason = self._unsupported(run[at_risk], event[at_risk], fold[at_risk], interval)
             if reason is not None:
                 for horizon in self.horizons[index:]:
                     self.reasons_[int(horizon)] = reason
                 break
-            model, oof = self._fit_interval(basis, at_risk, event, weight, fold)
-            self._models.append(model)
-            self.oof_hazard_[:, index] = oof
+            self._models.append(self._fit_interval(basis, at_risk, event, weight, fold))
         count = len(self._models)
         self.supported_ = np.arange(len(self.horizons)) < count
         self.base_rate_ = _base_rate(time, observed, weight, self._reach())
@@ -140,8 +142,8 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         horizons = list(self.horizons)
         if not horizons or horizons != sorted(set(horizons)) or horizons[0] <= 0:
             raise ValueError(f"horizons is {self.horizons}; allowed: positive and rising")
-        if self.gap < 0 or self.folds < 2 or self.min_groups < 2 or self.strength <= 0:
-            raise ValueError("allowed: gap >= 0, folds >= 2, min_groups >= 2, strength > 0")
+        if self.gap < 0 or self.folds < 2 or self.min_runs < 2 or self.strength <= 0:
+            raise ValueError("allowed: gap >= 0, folds >= 2, min_runs >= 2, strength > 0")
         if self.prior is not None and not 0 < self.prior < 1:
             raise ValueError(f"prior is {self.prior}; allowed: onsets per step, in (0, 1), or None")
 
@@ -161,10 +163,10 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         events = len(np.unique(label[event]))
         others = len(np.unique(label[~event]))
         name = f"({interval.lower:.0f}, {interval.upper:.0f}] steps ahead"
-        if events < self.min_groups:
-            return f"only {events} training runs start to diverge {name}; {self.min_groups} needed"
-        if others < self.min_groups:
-            return f"only {others} training runs were seen to pass {name}; {self.min_groups} needed"
+        if events < self.min_runs:
+            return f"only {events} training runs start to diverge {name}; {self.min_runs} needed"
+        if others < self.min_runs:
+            return f"only {others} training runs were seen to pass {name}; {self.min_runs} needed"
         for part in range(self.folds):
             if not event[fold != part].any() or event[fold != part].all():
                 return f"a fold of the training runs has only one outcome {name}"
@@ -177,7 +179,7 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         event: BoolArray,
         weight: FloatArray,
         fold: IntArray,
-    ) -> tuple[dict[str, FloatArray], FloatArray]:
+    ) -> dict[str, FloatArray]:
         coefficients, intercepts = [], []
         score = np.full(len(basis), np.nan)
         for part in range(self.folds):
@@ -191,11 +193,10 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
             held_out = fold == part
             score[held_out] = basis[held_out] @ coefficients[-1] + intercepts[-1]
         slope, shift = _calibrate(score[at_risk], event[at_risk], weight[at_risk])
-        model_arrays = {
+        return {
             "coefficients": slope * np.array(coefficients),
             "intercepts": slope * np.array(intercepts) + shift,
         }
-        return model_arrays, _sigmoid(slope * score + shift)
 
     def decision_function(self, X: npt.ArrayLike) -> FloatArray:
         """Calibrated log-odds of the hazards: (rows, supported intervals, folds)."""
@@ -218,6 +219,19 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         if wanted is None or self.base_rate_ <= 0:
             return 0.0
         return float(np.log(wanted / self.base_rate_))
+
+    def held_out_cumulative(self, X: npt.ArrayLike, group: object) -> FloatArray:
+        """As `predict_cumulative`, from the one model that has not seen the group.
+
+        Raises:
+            KeyError: The group was not among the training groups.
+        """
+        scores = self.decision_function(X)
+        part = self.fold_of_group_[group]
+        result = np.full((len(scores), len(self.horizons)), np.nan)
+        hazard = _sigmoid(scores[:, :, part])
+        result[:, : hazard.shape[1]] = 1.0 - np.cumprod(1.0 - hazard, axis=-1)
+        return result
 
     def predict_cumulative(self, X: npt.ArrayLike) -> FloatArray:
         """P(onset within each horizon), (rows, horizons); NaN where not supported."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from foreshock.api.cli import score, serve, sweep, train
+from foreshock.api.cli import demo, fit, score, serve, sweep, train
 
 __all__ = ["app", "run"]
 
@@ -21,8 +21,10 @@ def _root() -> None:
     """Watch low-precision training."""
 
 
+demo.register(app)
 serve.register(app)
 score.register(app)
+fit.register(app)
 sweep.register(app)
 train.register(app)
 

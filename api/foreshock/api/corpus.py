@@ -1,0 +1,260 @@
+"""A corpus of runs as `foreshock sweep` writes it, ready for fitting and evaluation.
+
+Truth about faults serves two things only: a run is censored where somebody interferes with it, and
+results are broken down by family. It never becomes a feature.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from foreshock.api.detection import LossDetector
+from foreshock.api.features import FeatureSettings, extract_run
+from foreshock.api.labels import RunLabel, label_run
+from foreshock.api.signals import SIGNALS
+
+__all__ = ["CorpusError", "CorpusRun", "TrainingRows", "load_corpus", "training_rows"]
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+_GAP: Final = 1
+
+
+class CorpusError(ValueError):
+    """The folder is not a corpus; says what is missing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusRun:
+    """One run.
+
+    Attributes:
+        name: Its name.
+        fingerprint: Of its configuration.
+        group: Runs of one group are never split.
+        architecture: Block of the model.
+        family: natural, healthy, or the kind of the fault.
+        fault_start: First step of the interference, None without one.
+        steps: (T,).
+        signals: (T, len(SIGNALS)).
+        loss: (T,) as logged, non-finite values included.
+        features: (T, len(FEATURES)).
+        detected: (T,) whether the loss detector is active.
+        label: From the loss alone.
+    """
+
+    name: str
+    fingerprint: str
+    group: str
+    architecture: str
+    family: str
+    fault_start: int | None
+    steps: npt.NDArray[np.int64]
+    signals: FloatArray
+    loss: FloatArray
+    features: FloatArray
+    detected: BoolArray
+    label: RunLabel
+
+    @property
+    def judged(self) -> BoolArray:
+        """(T,) rows with features and before the onset: those a forecast is scored on."""
+        ready = np.isfinite(self.features).any(axis=1)
+        if self.label.onset is None:
+            return np.asarray(ready)
+        return np.asarray(ready & (self.steps < self.label.onset - _GAP))
+
+    @property
+    def healthy(self) -> BoolArray:
+        """(T,) judged rows on which an alarm is false: no divergence ahead, or not yet caused."""
+        if self.label.onset is None:
+            return self.judged
+        if self.fault_start is None or self.label.onset <= self.fault_start:
+            return np.zeros(len(self.steps), dtype=np.bool_)
+        return np.asarray(self.judged & (self.steps < self.fault_start))
+
+    def times(self) -> tuple[FloatArray, FloatArray]:
+        """(T,) steps to the onset (inf = not seen) and steps for which the run was observed.
+
+        Rows before an interference are censored at it: what somebody will do is nobody's to know.
+        """
+        observed = (self.steps[-1] - self.steps).astype(np.float64)
+        time = np.full(len(self.steps), np.inf)
+        if self.label.onset is not None:
+            time = (self.label.onset - self.steps).astype(np.float64)
+        start = self.fault_start
+        if start is not None and (self.label.onset is None or self.label.onset > start):
+            before = self.steps < start
+            time[before] = np.inf
+            observed[before] = start - self.steps[before]
+        return time, observed
+
+
+def load_corpus(folder: Path, settings: FeatureSettings | None = None) -> list[CorpusRun]:
+    """Read, label and extract features of every run.
+
+    Args:
+        folder: With `runs.jsonl` and `shards/*.parquet`.
+        settings: Of the features.
+
+    Raises:
+        CorpusError: Files or columns are missing, or a run stands in only one of them.
+    """
+    index = _read_index(folder)
+    shards = sorted((folder / "shards").glob("*.parquet"))
+    if not shards:
+        raise CorpusError(f"{folder / 'shards'} has no .parquet files; run `foreshock sweep` first")
+    runs: list[CorpusRun] = []
+    for shard in shards:
+        runs += _read_shard(shard, index, settings)
+    if not runs:
+        raise CorpusError(f"no run of {folder / 'runs.jsonl'} stands in the shards")
+    return runs
+
+
+def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / "runs.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise CorpusError(f"cannot read {path}: {error.strerror}") from None
+    index = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            index[str(entry["run"])] = entry
+        except (ValueError, KeyError, TypeError):
+            raise CorpusError(f"{path}: line {number} is not a run") from None
+    return index
+
+
+def _read_shard(
+    shard: Path, index: Mapping[str, dict[str, Any]], settings: FeatureSettings | None
+) -> list[CorpusRun]:
+    try:
+        table = pq.read_table(shard)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorpusError(f"{shard} is not a whole Parquet file: {error}") from None
+    missing = [name for name in ("run", "step", *SIGNALS) if name not in table.column_names]
+    if missing:
+        raise CorpusError(f"{shard} lacks the columns {', '.join(missing[:5])}: sweep again")
+    table = table.set_column(table.column_names.index("run"), "run", table["run"].cast(pa.string()))
+    runs = []
+    for name in pc.unique(table["run"]).to_pylist():
+        if name not in index:
+            raise CorpusError(f"{shard}: run {name!r} is not in runs.jsonl")
+        part = table.filter(pc.equal(table["run"], name)).sort_by("step")
+        runs.append(_make_run(part, index[name], settings))
+    return runs
+
+
+def _make_run(
+    table: pa.Table, entry: Mapping[str, Any], settings: FeatureSettings | None
+) -> CorpusRun:
+    steps = table["step"].to_numpy().astype(np.int64)
+    signals = np.stack([table[name].to_numpy().astype(np.float64) for name in SIGNALS], axis=1)
+    column = "raw_loss" if "raw_loss" in table.column_names else "loss"
+    loss = table[column].to_numpy().astype(np.float64)
+    label = label_run(steps, loss)
+    return CorpusRun(
+        name=str(entry["run"]),
+        fingerprint=str(entry["fingerprint"]),
+        group=str(entry["group"]),
+        architecture=_architecture(entry),
+        family=_family(entry, label),
+        fault_start=_fault_start(entry),
+        steps=steps,
+        signals=signals,
+        loss=loss,
+        features=extract_run(steps, signals, settings),
+        detected=_detected(steps, loss),
+        label=label,
+    )
+
+
+def _architecture(entry: Mapping[str, Any]) -> str:
+    model = (entry.get("config") or {}).get("model") or {}
+    return str(model.get("architecture", "unknown"))
+
+
+def _family(entry: Mapping[str, Any], label: RunLabel) -> str:
+    truth = entry.get("truth")
+    if truth:
+        return str(truth.get("kind", "fault"))
+    return "natural" if label.diverges else "healthy"
+
+
+def _fault_start(entry: Mapping[str, Any]) -> int | None:
+    truth = entry.get("truth")
+    start = truth.get("start") if truth else None
+    return None if start is None else int(start)
+
+
+def _detected(steps: npt.NDArray[np.int64], loss: FloatArray) -> BoolArray:
+    detector = LossDetector()
+    flags = [detector.update(int(s), float(v)).detected for s, v in zip(steps, loss, strict=True)]
+    return np.array(flags, dtype=np.bool_)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRows:
+    """Rows of several runs, thinned where nothing happens.
+
+    Attributes:
+        features: (n, len(FEATURES)).
+        times: (n, 2) steps to the onset and steps observed.
+        weights: (n,) rows that each stands for.
+        groups, runs: (n,).
+    """
+
+    features: FloatArray
+    times: FloatArray
+    weights: FloatArray
+    groups: npt.NDArray[Any]
+    runs: npt.NDArray[Any]
+
+
+def training_rows(
+    runs: Sequence[CorpusRun], *, near: int = 101, keep_near: int = 3, keep_far: int = 12
+) -> TrainingRows:
+    """Choose rows: neighbours say nearly the same, above all far from an onset.
+
+    Args:
+        runs: The runs.
+        near: Rows up to so many steps before an onset are thinned less.
+        keep_near: Every so many of them is kept.
+        keep_far: Every so many of the others.
+    """
+    features, times, weights, groups, names = [], [], [], [], []
+    for run in runs:
+        time, observed = run.times()
+        judged = np.flatnonzero(run.judged)
+        close = judged[time[judged] <= near]
+        far = judged[time[judged] > near]
+        # The ten steps before an onset are few and the only ones of the first interval.
+        last, close = close[time[close] <= 11], close[time[close] > 11]
+        for rows, every in ((last, 1), (close, keep_near), (far, keep_far)):
+            chosen = rows[::-every]
+            features.append(run.features[chosen])
+            times.append(np.stack([time[chosen], observed[chosen]], axis=1))
+            weights.append(np.full(len(chosen), float(every)))
+            groups.append(np.full(len(chosen), run.group, dtype=object))
+            names.append(np.full(len(chosen), run.name, dtype=object))
+    return TrainingRows(
+        features=np.concatenate(features),
+        times=np.concatenate(times),
+        weights=np.concatenate(weights),
+        groups=np.concatenate(groups).astype(str),
+        runs=np.concatenate(names).astype(str),
+    )

@@ -1,0 +1,206 @@
+"""Fit the heads of an artifact on a corpus, and choose alarm thresholds on held-out runs.
+
+Thresholds come from an alarm budget, never from a probability that sounds high. It evaluates
+nothing: the runs used here are not the runs a report may speak of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import clone
+
+from foreshock.api.alerts import AlertSettings, count_alarms
+from foreshock.api.artifact import HEADS, Artifact, Head
+from foreshock.api.corpus import CorpusRun, training_rows
+from foreshock.api.features import FEATURES
+from foreshock.api.forecaster import DivergenceForecaster
+
+__all__ = [
+    "BUDGETS",
+    "Series",
+    "columns_of",
+    "fit_artifact",
+    "fit_forecaster",
+    "fit_head",
+    "held_out_series",
+    "threshold_for",
+]
+
+FloatArray = npt.NDArray[np.float64]
+
+BUDGETS: Final = ("0.1", "1")
+"""False alarms per 10,000 healthy steps."""
+_GRID: Final = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A score over the judged rows of one run, and which of them are healthy."""
+
+    scores: FloatArray
+    healthy: npt.NDArray[np.bool_]
+
+
+def columns_of(head: str) -> npt.NDArray[np.intp]:
+    """Columns of a feature vector that a head sees."""
+    return np.array([FEATURES.index(name) for name in HEADS[head]])
+
+
+def false_alarms(series: Iterable[Series], threshold: float, settings: AlertSettings) -> int:
+    """How many alarms begin on healthy rows."""
+    total = 0
+    for one in series:
+        if not one.healthy.any() or not np.any(one.scores >= threshold):
+            continue
+        values: list[float | None] = [None if np.isnan(v) else float(v) for v in one.scores]
+        total += sum(bool(one.healthy[i]) for i in count_alarms(values, threshold, settings))
+    return total
+
+
+def threshold_for(
+    series: Sequence[Series], budget: float, settings: AlertSettings | None = None
+) -> tuple[float | None, str]:
+    """The lowest threshold that keeps a budget on these held-out runs.
+
+    Args:
+        series: Held-out scores.
+        budget: False alarms per 10,000 healthy steps.
+        settings: Hysteresis of the alarms that are counted.
+
+    Returns:
+        The threshold, or None and the reason.
+    """
+    settings = settings or AlertSettings()
+    healthy = sum(int(np.count_nonzero(s.healthy)) for s in series)
+    allowed = budget * healthy / 10_000
+    if allowed < 1:
+        return None, (
+            f"{healthy} healthy steps cannot tell a budget of {budget:g} per 10,000: that is"
+            f" {allowed:.2g} alarms"
+        )
+    scores = np.concatenate([s.scores for s in series])
+    scores = np.unique(scores[np.isfinite(scores)])
+    if scores.size == 0:
+        return None, "no scores"
+    high = float(scores[-1])
+    # Candidates lie close together where scores are high: that is where the budget is kept.
+    shares = 1 - np.geomspace(1e-4, 1.0, _GRID)
+    candidates = np.unique(np.quantile(scores, shares))[::-1]
+    best = float(np.nextafter(high, np.inf))
+    for candidate in candidates:
+        if false_alarms(series, float(candidate), settings) > allowed:
+            break
+        best = float(candidate)
+    return best, ""
+
+
+def fit_head(
+    name: str, runs: Sequence[CorpusRun], prototype: DivergenceForecaster | None = None
+) -> Head:
+    """Fit one head and its thresholds.
+
+    Args:
+        name: In `HEADS`.
+        runs: Training runs; thresholds come from their held-out scores.
+        prototype: Parameters to fit with; it is cloned.
+    """
+    forecaster = fit_forecaster(name, runs, prototype or DivergenceForecaster())
+    supported = [
+        int(h) for h, ok in zip(forecaster.horizons, forecaster.supported_, strict=True) if ok
+    ]
+    if not supported:
+        reason = next(iter(forecaster.reasons_.values()), "nothing to fit")
+        return Head(forecaster, dict.fromkeys(BUDGETS), dict.fromkeys(BUDGETS, reason))
+    at = max((h for h in supported if h <= 100), default=supported[0])
+    series = held_out_series(name, forecaster, runs, at)
+    thresholds: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+    for budget in BUDGETS:
+        thresholds[budget], reason = threshold_for(series, float(budget))
+        if reason:
+            reasons[budget] = reason
+    return Head(forecaster, thresholds, reasons, at)
+
+
+def fit_forecaster(
+    name: str, runs: Sequence[CorpusRun], prototype: DivergenceForecaster
+) -> DivergenceForecaster:
+    """Fit a clone of `prototype` on a head's features of thinned rows."""
+    rows = training_rows(runs)
+    columns = columns_of(name)
+    forecaster: DivergenceForecaster = clone(prototype)
+    return forecaster.fit(
+        rows.features[:, columns],
+        rows.times,
+        groups=rows.groups,
+        runs=rows.runs,
+        sample_weight=rows.weights,
+    )
+
+
+def held_out_series(
+    name: str, forecaster: DivergenceForecaster, runs: Sequence[CorpusRun], horizon: int
+) -> list[Series]:
+    """Scores of the training runs by the model that has not seen their group."""
+    columns = columns_of(name)
+    position = [int(h) for h in forecaster.horizons].index(horizon)
+    series = []
+    for run in runs:
+        judged = run.judged
+        if not judged.any() or run.group not in forecaster.fold_of_group_:
+            continue
+        risk = forecaster.held_out_cumulative(run.features[judged][:, columns], run.group)
+        series.append(Series(risk[:, position], run.healthy[judged]))
+    return series
+
+
+def fit_artifact(
+    runs: Sequence[CorpusRun],
+    card: dict[str, Any],
+    prototype: DivergenceForecaster | None = None,
+) -> Artifact:
+    """Fit every head on all runs.
+
+    Args:
+        runs: The corpus.
+        card: Goes into the model card, beside what is known here.
+        prototype: Parameters to fit with; it is cloned.
+    """
+    heads = {name: fit_head(name, runs, prototype) for name in HEADS}
+    prints = sorted(run.fingerprint for run in runs)
+    digest = hashlib.sha256("".join(prints).encode()).hexdigest()[:12]
+    supported = [b for b in reversed(BUDGETS) if heads["full"].thresholds.get(b) is not None]
+    return Artifact(
+        heads=heads,
+        version=f"first-light-{digest}",
+        budget=supported[0] if supported else BUDGETS[-1],
+        fingerprints=frozenset(prints),
+        card=card | describe(runs, heads),
+    )
+
+
+def describe(runs: Sequence[CorpusRun], heads: dict[str, Head]) -> dict[str, Any]:
+    """The facts of a fit that a reader of the model card needs."""
+    families: dict[str, dict[str, int]] = {}
+    for run in runs:
+        counts = families.setdefault(run.family, {})
+        counts[run.label.kind] = counts.get(run.label.kind, 0) + 1
+    return {
+        "runs": len(runs),
+        "groups": len({run.group for run in runs}),
+        "rows": int(sum(len(run.steps) for run in runs)),
+        "healthy_rows": int(sum(run.healthy.sum() for run in runs)),
+        "events": sum(run.label.diverges for run in runs),
+        "families": families,
+        "base_rate_per_step": {n: h.forecaster.base_rate_ for n, h in heads.items()},
+        "unsupported_horizons": {
+            name: {str(k): v for k, v in head.forecaster.reasons_.items()}
+            for name, head in heads.items()
+        },
+    }

@@ -53,6 +53,7 @@ def test_stack_equals_single_records() -> None:
             {n: v[e] for n, v in stacked.items()},
             {n: float(v[e]) for n, v in scalars.items()},
         )
+        assert np.isnan(single).sum() > 0
         np.testing.assert_array_equal(both[e], single)
 
 

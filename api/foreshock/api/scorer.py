@@ -35,6 +35,8 @@ FloatArray = npt.NDArray[np.float64]
 
 NO_MODEL: Final = "no fitted model installed"
 _DRIVERS: Final = 5
+_SIGNAL_NAMES: Final = tuple(dict.fromkeys(SIGNAL_OF_FEATURE.values()))
+_SIGNAL: Final = np.array([_SIGNAL_NAMES.index(SIGNAL_OF_FEATURE[name]) for name in FEATURES])
 _COLUMNS: Final = {
     name: np.array([FEATURES.index(f) for f in features]) for name, features in HEADS.items()
 }
@@ -198,14 +200,14 @@ class LocalScorer:
 
     def _drivers(self, contributions: FloatArray) -> tuple[Driver, ...]:
         """The signals that raise the risk most, their features' contributions added up."""
-        totals: dict[str, float] = {}
-        for name, value in zip(FEATURES, contributions, strict=False):
-            if value:
-                signal = SIGNAL_OF_FEATURE[name]
-                totals[signal] = totals.get(signal, 0.0) + float(value)
-        ranked = sorted(totals.items(), key=lambda item: -item[1])[:_DRIVERS]
+        totals = np.bincount(
+            _SIGNAL[: contributions.size], weights=contributions, minlength=len(_SIGNAL_NAMES)
+        )
+        ranked = np.argsort(-totals, kind="stable")[:_DRIVERS]
         return tuple(
-            Driver(signal, value, self._layers.get(signal)) for signal, value in ranked if value > 0
+            Driver(_SIGNAL_NAMES[i], float(totals[i]), self._layers.get(_SIGNAL_NAMES[i]))
+            for i in ranked.tolist()
+            if totals[i] > 0
         )
 
 

@@ -6,6 +6,7 @@ the step number and names of faults are deliberately not among the signals.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -134,6 +135,8 @@ def worst_layers(
 
 
 def _scalar_signals(scalars: Mapping[str, Any]) -> FloatArray:
+    if all(isinstance(value, float | int) for value in scalars.values()):
+        return _one_record(scalars)
     loss, loss_bad = _measured(scalars, "loss")
     grad, grad_bad = _measured(scalars, "grad_norm")
     update, _ = _measured(scalars, "update_ratio")
@@ -147,6 +150,25 @@ def _scalar_signals(scalars: Mapping[str, Any]) -> FloatArray:
         _log2(norm),
     )
     return np.stack(np.broadcast_arrays(*columns), axis=-1)
+
+
+def _one_record(scalars: Mapping[str, float]) -> FloatArray:
+    """As for arrays, without their overhead: the live path of every step."""
+    row = []
+    for name in ("loss", "grad_norm", "update_ratio", "param_norm"):
+        value = scalars.get(name, math.nan)
+        finite = math.isfinite(value)
+        if name == "loss":
+            row.append(min(max(value, -1e30), 1e30) if finite else math.nan)
+        else:
+            row.append(_log2_of(value) if finite else math.nan)
+        if name in ("loss", "grad_norm"):
+            row.append(float(not finite) if name in scalars else math.nan)
+    return np.array(row)
+
+
+def _log2_of(value: float, floor: float = 1e-45) -> float:
+    return min(max(float(np.log2(max(value, 0.0) + floor)), -_LIMIT), _LIMIT)
 
 
 def _measured(scalars: Mapping[str, Any], name: str) -> tuple[FloatArray, FloatArray]:

@@ -75,11 +75,21 @@ class Browser:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
     def text(self, selector: str) -> str:
+        """What a person sees there; nothing of what is hidden."""
         # One round trip, so that an element that is being replaced cannot go stale in between.
         script = (
-            "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join(' ')"
+            "return [...document.querySelectorAll(arguments[0])]"
+            ".map(e => e.getClientRects().length ? e.innerText : '').join(' ')"
         )
         return str(self.driver.execute_script(script, selector))
+
+    def visible(self, selector: str) -> bool:
+        """Whether something there takes up room on the page."""
+        script = (
+            "return [...document.querySelectorAll(arguments[0])]"
+            ".some(e => e.getClientRects().length > 0)"
+        )
+        return bool(self.driver.execute_script(script, selector))
 
     def evaluate(self, script: str, *arguments: object) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -102,9 +112,10 @@ class Browser:
         return self._requests
 
     def origins(self) -> set[str]:
-        """Scheme and host of every request; data: addresses stay in the page."""
+        """Scheme and host of every request that goes over a network."""
         parts = [urlsplit(url) for url in self.requests()]
-        return {f"{part.scheme}://{part.netloc}" for part in parts if part.scheme != "data"}
+        local = {"data", "blob", "about", "chrome"}
+        return {f"{part.scheme}://{part.netloc}" for part in parts if part.scheme not in local}
 
     def errors(self) -> list[str]:
         """What the console has logged as an error since the last call."""

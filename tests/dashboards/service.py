@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import httpx
 
@@ -13,7 +14,7 @@ from foreshock.api.cli.processes import Children
 
 __all__ = ["Service", "running_service"]
 
-_COMMAND = ("-c", "from foreshock.api.cli.main import run; run()", "serve")
+COMMAND: Final = ("-c", "from foreshock.api.cli.main import run; run()", "serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,11 @@ class Service:
 
 @contextmanager
 def running_service(
-    folder: Path, *, port: int = 0, environment: Mapping[str, str] | None = None
+    folder: Path,
+    *,
+    port: int = 0,
+    environment: Mapping[str, str] | None = None,
+    command: Sequence[str] = COMMAND,
 ) -> Generator[Service]:
     """Start `foreshock serve` on data in `folder`, and end it.
 
@@ -39,11 +44,12 @@ def running_service(
         folder: For data and log; the same one again continues.
         port: 0 takes a free one.
         environment: Further FORESHOCK_ variables.
+        command: What to start instead, for Python.
     """
     port_file = folder / "port"
     port_file.unlink(missing_ok=True)
     given = {"FORESHOCK_DATA": str(folder / "data"), **(environment or {})}
-    arguments = (*_COMMAND, "--port", str(port), "--port-file", str(port_file))
+    arguments = (*command, "--port", str(port), "--port-file", str(port_file))
     with Children(folder) as children:
         children.start("service", arguments, given)
         address = f"http://127.0.0.1:{children.wait_for_file('service', port_file, 60)}"

@@ -35,7 +35,12 @@ async function send(path, options) {
 export async function get(path, query = {}) {
   const given = Object.entries(query).filter(([, value]) => value !== null && value !== undefined && value !== "");
   const tail = given.length ? `?${new URLSearchParams(given)}` : "";
-  return (await send(`/api/v1${path}${tail}`)).json();
+  const response = await send(`/api/v1${path}${tail}`);
+  try {
+    return await response.json();
+  } catch (error) {
+    throw new Gone(error.message); // the connection ended in the middle of the answer
+  }
 }
 
 export async function post(path, body) {

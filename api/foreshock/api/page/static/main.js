@@ -263,8 +263,11 @@ function controls() {
 }
 
 async function everyTwoSeconds() {
-  if (!document.hidden) await refreshRuns();
-  setTimeout(everyTwoSeconds, RUNS_EVERY);
+  try {
+    if (!document.hidden) await refreshRuns();
+  } finally {
+    setTimeout(everyTwoSeconds, RUNS_EVERY); // whatever went wrong, the next look may go right
+  }
 }
 
 controls();

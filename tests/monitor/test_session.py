@@ -357,7 +357,7 @@ def test_a_failing_monitor_does_not_stop_training(
     plain, plain_optimizer = tiny()
     expected = train(plain, plain_optimizer)
     model, optimizer = tiny()
-    monkeypatch.setattr("foreshock.monitor.hooks.packed_sums", broken)
+    monkeypatch.setattr("foreshock.monitor.batching.packed_sums", broken)
     monkeypatch.setattr("foreshock.monitor.guard._UNDER_TEST", False)
     with caplog.at_level(logging.WARNING), start(model, optimizer) as w:
         assert train(model, optimizer) == expected

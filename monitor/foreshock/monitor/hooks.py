@@ -15,10 +15,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from foreshock.monitor.batching import BatchedSums
 from foreshock.monitor.guard import Guard
 from foreshock.monitor.operands import Operand, QuantizedGemm
 from foreshock.monitor.record import TensorIdentity
-from foreshock.monitor.statistics import packed_sums
 
 __all__ = ["GemmHooks", "Observation", "find_gemms", "is_watched"]
 
@@ -127,11 +127,13 @@ class Observation:
         identity: Its row in the record.
         micro_batch: 0-based micro-batch within the step.
         sums: `packed_sums` of it, or its plain sum, 0-dim, at a step without tensor statistics.
+        channels: Its channel sums, at a step with tensor statistics.
     """
 
     identity: TensorIdentity
     micro_batch: int
     sums: torch.Tensor
+    channels: torch.Tensor | None = None
 
 
 class GemmHooks:
@@ -148,8 +150,6 @@ class GemmHooks:
 
     Attributes:
         measuring: Whether operands are measured in full.
-        observations: Of this step, in the order in which they happened.
-        channels: Channel sums per identity, added up over micro-batches.
         skipped: Tensors that were none of ours (subclasses, non-floating ones).
     """
 
@@ -164,8 +164,6 @@ class GemmHooks:
         probe: bool,
     ) -> None:
         self.measuring = False
-        self.observations: list[Observation] = []
-        self.channels: dict[TensorIdentity, torch.Tensor] = {}
         self.skipped = 0
         self._on_forward, self._on_output, self._probe = on_forward, on_output, probe
         self._guard = guard
@@ -173,6 +171,9 @@ class GemmHooks:
         self._micro_batch = -1
         self._calls: dict[str, int] = {}
         self._weighed: set[str] = set()
+        self._sums = BatchedSums()
+        self._probes: list[torch.Tensor] = []
+        self._seen: list[tuple[TensorIdentity, int]] = []
         self._handles = [
             model.register_forward_pre_hook(_Hook(guard, self._model_begins)),
             model.register_forward_hook(_Hook(guard, self._model_returns)),
@@ -181,11 +182,18 @@ class GemmHooks:
             hook = _Hook(guard, partial(self._gemm_ran, name))
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
+    def take(self) -> list[Observation]:
+        """What passed by during the step, in the order in which it did."""
+        seen, self._seen = self._seen, []
+        probes, self._probes = self._probes, []
+        if self.measuring:
+            sums = self._sums.take()
+            return [Observation(*s, *pair) for s, pair in zip(seen, sums, strict=True)]
+        return [Observation(*s, probe) for s, probe in zip(seen, probes, strict=True)]
+
     def start_step(self, *, measuring: bool) -> None:
-        """Forget the step that ended."""
+        """Begin the next step, after `take`."""
         self.measuring = measuring
-        self.observations = []
-        self.channels = {}
         self._begun = False
         self._micro_batch = -1
         self._calls = {}
@@ -257,13 +265,11 @@ class GemmHooks:
             call.layer, role, operand.format, call.index, granularity=operand.granularity
         )
         if self.measuring:
-            sums, channels = packed_sums(tensor, format=operand.format, scale=operand.scale)
-            so_far = self.channels.get(identity)
-            self.channels[identity] = channels if so_far is None else so_far + channels
+            self._sums.add(tensor, operand)
         else:
             wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-            sums = tensor.detach().sum(dtype=wide)
-        self.observations.append(Observation(identity, call.micro_batch, sums))
+            self._probes.append(tensor.detach().sum(dtype=wide))
+        self._seen.append((identity, call.micro_batch))
 
 
 # Subclasses (DTensor, quantised tensors) hold only a part of the tensor, or codes.

@@ -116,7 +116,6 @@ class _Step:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     observations: list[Observation] = field(default_factory=list)
-    channels: dict[TensorIdentity, torch.Tensor] = field(default_factory=dict)
     time: datetime | None = None
 
 
@@ -303,22 +302,26 @@ class Watch:
             self._parameters.before_step()
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        observations: list[Observation] = []
+        # Apart, so that a failure here costs the tensors only.
         with self._guard:
-            # A step without a forward pass in between, e.g. of an optimizer in a test.
+            observations = self._hooks.take()
+        with self._guard:
+            # There is one if no forward pass came in between, as in a loop around a closure.
             self._publish()
-            self._end_step()
+            self._end_step(observations)
+        self._hooks.start_step(measuring=self._step.measured)
         if self._guard.errors >= _ERRORS_TO_DETACH:
             _LOGGER.error("the monitor failed %d times and lets go", self._guard.errors)
             self.detach()
 
-    def _end_step(self) -> None:
+    def _end_step(self, observations: list[Observation]) -> None:
         step = self._step
+        step.observations = observations
         number = step.number + 1
         self._step = _Step(number, self.settings.cadence.measures(number))
         step.time = datetime.now(UTC)
-        step.observations, step.channels = self._hooks.observations, self._hooks.channels
         step.gradients = self._gradients.norms
-        self._hooks.start_step(measuring=self._step.measured)
         self._gradients.start_step()
         self._ended = step
         self._time_step(step)
@@ -347,13 +350,14 @@ class Watch:
             return
         scalars = step.scalars | {name: mean(values) for name, values in step.logged.items()}
         tensors = {k: v for k, v in scalars.items() if isinstance(v, torch.Tensor)}
+        channels = _add_channels(step.observations)
         groups: dict[str, Sequence[torch.Tensor]] = {
             "scalars": list(tensors.values()),
             "losses": step.losses,
             "gradients": list(step.gradients.values()),
             "parameters": list(step.parameters.values()),
             "observations": [observation.sums for observation in step.observations],
-            "channels": list(step.channels.values()),
+            "channels": list(channels.values()),
         }
         self._worker.submit(
             Snapshot(
@@ -367,11 +371,22 @@ class Watch:
                 },
                 observations=tuple((o.identity, o.micro_batch) for o in step.observations),
                 measured=step.measured,
-                channels=tuple((k, v.numel()) for k, v in step.channels.items()),
+                channels=tuple((k, v.numel()) for k, v in channels.items()),
                 packed=pack(groups, self._device),
                 events=tuple(step.events),
             )
         )
+
+
+def _add_channels(observations: Sequence[Observation]) -> dict[TensorIdentity, torch.Tensor]:
+    """Channel sums per identity: what they are merged into does not grow with micro-batches."""
+    channels: dict[TensorIdentity, torch.Tensor] = {}
+    for observation in observations:
+        if observation.channels is not None:
+            so_far = channels.get(observation.identity)
+            added = observation.channels if so_far is None else so_far + observation.channels
+            channels[observation.identity] = added
+    return channels
 
 
 def _nothing() -> None:

@@ -22,7 +22,7 @@ import torch
 from foreshock.monitor.formats import Format, format_named
 from foreshock.monitor.record import FIELD_REDUCTIONS
 
-__all__ = ["SUM_FIELDS", "packed_sums", "tensor_sums"]
+__all__ = ["SUM_FIELDS", "packed_sums", "scaled_per_tensor", "tensor_sums"]
 
 SUM_FIELDS: Final = tuple(FIELD_REDUCTIONS)
 """Order of the rows of `packed_sums`."""
@@ -94,9 +94,7 @@ def packed_sums(
         ValueError: The format is unknown or scales blocks, x is not floating, or lead does not
             fit x.
     """
-    number_format = format_named(format)
-    if format in _BLOCK_FORMATS:
-        raise ValueError(f"{format} has a scale per block; only per-tensor scales are measured")
+    number_format = scaled_per_tensor(format)
     if not x.is_floating_point():
         raise ValueError(f"statistics need a floating tensor, got {x.dtype}")
     if not 0 <= lead <= x.ndim:
@@ -109,6 +107,17 @@ def packed_sums(
             packed, channels = _Measurement(plan, number_format, scale).result()
         shape = x.shape[:lead]
         return packed.reshape(len(SUM_FIELDS), *shape), channels.reshape(*shape, plan.features)
+
+
+def scaled_per_tensor(format: str) -> Format:
+    """The format of that name, if a tensor in it has one scale or none.
+
+    Raises:
+        ValueError: It is unknown or has a scale per block.
+    """
+    if format in _BLOCK_FORMATS:
+        raise ValueError(f"{format} has a scale per block; only per-tensor scales are measured")
+    return format_named(format)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ shows it) brings its own persistence and fires at once.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foreshock.monitor.record import AlertState, RiskKind
@@ -78,6 +79,7 @@ class AlertMachine:
         if self.state == "firing":
             if self._calm >= self.settings.calm:
                 self.state, self._calm = "resolved", 0
+                self._high.clear()
         elif alarm:
             self.state = "firing"
         elif any(self._high) or suspected:
@@ -102,7 +104,7 @@ class AlertMachine:
 
 
 def count_alarms(
-    probabilities: list[float | None], threshold: float, settings: AlertSettings | None = None
+    probabilities: Sequence[float | None], threshold: float, settings: AlertSettings | None = None
 ) -> list[int]:
     """Positions at which a machine with this threshold begins to fire on forecasts alone."""
     machine = AlertMachine(threshold, settings)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 __all__ = ["DivergenceForecaster", "NotEnoughDataError"]
@@ -119,6 +120,8 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         run = label if runs is None else np.asarray(runs)
         if not label.shape == run.shape == weight.shape == (rows,):
             raise ValueError(f"groups, runs, sample_weight: give {rows} entries, one per row")
+        if not np.sum(weight) > 0 or np.any(weight < 0):
+            raise ValueError("sample_weight: allowed are weights from 0 on that are not all zero")
         basis = _basis(data)
         self._scale = np.maximum(np.sqrt(np.average(basis**2, axis=0, weights=weight)), 0.05)
         basis = basis / self._scale
@@ -138,6 +141,12 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         self.supported_ = np.arange(len(self.horizons)) < count
         self.base_rate_ = _base_rate(time, observed, weight, self._reach())
         return self
+
+    def __sklearn_tags__(self) -> Tags:
+        """Missing features are allowed."""
+        tags: Tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        return tags
 
     def _check_parameters(self) -> None:
         horizons = list(self.horizons)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
+from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.faults import BadBatch, LearningRateRamp, OutlierRamp, ScaleFault
+from foreshock.trainer.precision import LayerFaults, gemm_linear
 
 
 def test_ramp_stays_finite_however_long_the_run() -> None:
@@ -56,3 +59,25 @@ def test_senseless_settings_are_refused_by_name() -> None:
         OutlierRamp(start=0, layer="x", period=0)
     with pytest.raises(ValueError, match="allowed: noise, constant, shuffled"):
         BadBatch(start=0, kind="nose")  # type: ignore[arg-type]
+
+
+def test_outlier_hits_the_layers_that_it_names() -> None:
+    assert OutlierRamp(start=0, layer="").hits("blocks.0.mlp.up")
+    assert OutlierRamp(start=0, layer="mlp.down").hits("blocks.3.mlp.down")
+    assert not OutlierRamp(start=0, layer="mlp.down").hits("blocks.3.mlp.up")
+
+
+@pytest.mark.parametrize(("stale", "factor"), [(False, 1.0), (True, 0.25)])
+def test_stale_inverse_leaves_the_product_as_wrong_as_the_scale(stale: bool, factor: float) -> None:
+    torch.manual_seed(0)
+    recipe = PrecisionConfig(backend="emulated", scaling="delayed", history=4)
+    layer = gemm_linear(16, 8, precision=(recipe,))
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(1, 5, 16)
+    for _ in range(3):
+        layer(x)
+    whole = layer(x)
+    fault = ScaleFault(start=0, growth=0.25, roles=("input",), stale_inverse=stale)
+    LayerFaults({"up": layer}, (fault,)).begin_step(0)
+    # A quarter of the scale costs a few values their last bit, no more.
+    torch.testing.assert_close(layer(x), whole * factor, rtol=0.05, atol=0.05)

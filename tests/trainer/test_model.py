@@ -125,7 +125,7 @@ def test_outlier_ramp_grows_one_channel_under_a_short_history() -> None:
     [
         (ScaleFault(start=0, layers="mlp.middle"), PrecisionConfig(), "blocks.0.attention.qkv"),
         (ScaleFault(start=0), BF16, "emulated"),
-        (OutlierRamp(start=0, layer="blocks.0.mlp"), PrecisionConfig(), "not there"),
+        (OutlierRamp(start=0, layer="mlp.middle"), PrecisionConfig(), "not there"),
         (OutlierRamp(start=0, layer="blocks.0.mlp.up", channel=32), PrecisionConfig(), "features"),
     ],
 )

@@ -53,12 +53,16 @@ class ScaleFault:
             more and more, below 1 it flushes more and more to zero.
         roles: Operands hit: of input, weight, grad_output.
         layers: Substring of the qualified layer names hit; empty hits all.
+        stale_inverse: The GEMM's result is still divided by the scale of before the fault, as when
+            a buffer update is lost: operands come out `growth` times too large each step, up to
+            the amax of before. False keeps scale and inverse in step.
     """
 
     start: int
     growth: float = 1.0
     roles: tuple[str, ...] = ("input", "weight", "grad_output")
     layers: str = ""
+    stale_inverse: bool = False
 
     def __post_init__(self) -> None:
         _check_growth("growth", self.growth)
@@ -82,12 +86,15 @@ class ScaleFault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutlierRamp:
-    """From `start` on, one channel of one layer's input grows, under an amax history cut short.
+    """From `start` on, one channel of layer inputs grows, under an amax history cut short.
+
+    The weights' column is divided by what the channel is multiplied by: in exact arithmetic
+    nothing changes, so all harm is done by the scales.
 
     Attributes:
         growth: The channel's factor grows by it a step.
         limit: Largest factor.
-        layer: Qualified name of the linear layer whose input is hit.
+        layer: Substring of the qualified names of the layers hit; empty hits all.
         channel: Feature index.
         history: Amax history from `start` on; 1 with jumping outliers means stale scales.
         period: The outlier is present in one step of `period`, so that a short history forgets it.
@@ -106,6 +113,10 @@ class OutlierRamp:
         _check_growth("limit", self.limit)
         if self.period < 1 or self.history < 1 or self.channel < 0:
             raise ValueError("period and history must be 1 or more, channel 0 or more")
+
+    def hits(self, layer: str) -> bool:
+        """Whether the input of this layer (qualified name) is one of those hit."""
+        return self.layer in layer
 
     def history_at(self, step: int, configured: int) -> int:
         """Length of the amax history of the layer at `step`."""

@@ -65,19 +65,29 @@ def train(
     """Train one recipe; see `_HELP`."""
     extras.require("trainer")
     config = _config(recipe, steps=steps, seed=seed, name=name, data=data)
+    from foreshock.trainer.data import load_corpus
     from foreshock.trainer.loop import CheckpointPolicy
     from foreshock.trainer.loop import train as train_run
     from foreshock.trainer.watched import watched as make_watch
 
     if resume and checkpoints is None:
         _fail("--resume needs --checkpoints FOLDER")
+    try:
+        corpus = load_corpus(config.data.folder)
+    except ValueError as error:
+        _fail(str(error))
     policy = CheckpointPolicy(folder=checkpoints, resume=resume) if checkpoints else None
     factory = make_watch(config, url=url, spool=spool) if watched else None
     poller = RiskPoller(url, config.name) if url and watched else None
     try:
         with _reporter(config, poller, as_json=as_json) as report, _stop_on_interrupt() as stop:
             result = train_run(
-                config, watch=factory, on_step=report, stop=stop.is_set, checkpoints=policy
+                config,
+                watch=factory,
+                on_step=report,
+                stop=stop.is_set,
+                checkpoints=policy,
+                corpus=corpus,
             )
     except ValueError as error:
         _fail(str(error))

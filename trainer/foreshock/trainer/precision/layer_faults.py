@@ -35,7 +35,7 @@ class LayerFaults:
         for _, scale_fault in scale_faults:
             self._check_named(scale_fault.layers, [n for n in layers if scale_fault.layers in n])
         for _, ramp in ramps:
-            self._check_named(ramp.layer, [n for n in layers if n == ramp.layer])
+            self._check_named(ramp.layer, [n for n in layers if ramp.hits(n)])
         self._scale_faults = {
             (name, role): hitting
             for name in layers
@@ -43,9 +43,7 @@ class LayerFaults:
             if (hitting := [(i, f) for i, f in scale_faults if f.hits(name, role)])
         }
         self._ramps = {
-            name: named
-            for name in layers
-            if (named := [(i, f) for i, f in ramps if f.layer == name])
+            name: named for name in layers if (named := [(i, f) for i, f in ramps if f.hits(name)])
         }
         for (name, _), hitting in self._scale_faults.items():
             self._check_scaled(name, [i for i, _ in hitting])
@@ -56,13 +54,18 @@ class LayerFaults:
         """Set the layers' faults for this step."""
         for (name, role), hitting in self._scale_faults.items():
             factors = torch.full((len(self.faults),), math.nan)
+            inverse = torch.ones(len(self.faults))
             for index, fault in hitting:
                 factor = fault.scale_factor(step)
                 factors[index] = math.nan if factor is None else factor
+                if factor is not None and fault.stale_inverse:
+                    inverse[index] = factor
             layer = self._layers[name]
             assert isinstance(layer, Fp8Linear)
             broken = not bool(factors.isnan().all())
-            layer.scaling_of(role).break_scale(factors.view(layer.lead) if broken else None)
+            layer.scaling_of(role).break_scale(
+                factors.view(layer.lead) if broken else None, inverse.view(layer.lead)
+            )
         for name, ramps in self._ramps.items():
             self._ramp(self._layers[name], ramps, step)
 

@@ -179,7 +179,7 @@ class Fp8Linear(GemmLinear):
         """
         scaling = self.scaling_of(role)
         scale = scaling.step(x, update=self.training)
-        codes, inverse = quantize(x, scale, scaling.fp8_format), scale.reciprocal()
+        codes, inverse = quantize(x, scale, scaling.fp8_format), scaling.inverse(scale)
         if self.bf16_models is not None:
             codes = torch.where(self.bf16_models[..., None, None], x.to(GEMM_DTYPE), codes)
             inverse = inverse.masked_fill(self.bf16_models, 1.0)

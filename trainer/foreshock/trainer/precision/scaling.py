@@ -73,6 +73,7 @@ class Scaling(nn.Module):
         self._is_current = torch.tensor(current).view(lead)
         self._fault_factor: Tensor | None = None
         self._fault_hit: Tensor | None = None
+        self._fault_inverse: Tensor | None = None
         self._known_ahead = not self._any_current
 
     def limit_history(self, lengths: Tensor) -> None:
@@ -84,22 +85,32 @@ class Scaling(nn.Module):
         positions = torch.arange(self.history.shape[-1], device=self.history.device)
         self.valid = positions < lengths.to(self.history.device).unsqueeze(-1)
 
-    def break_scale(self, factor: Tensor | None) -> None:
+    def break_scale(self, factor: Tensor | None, inverse: Tensor | None = None) -> None:
         """Let scales no longer follow the amax (a fault), until called again.
 
         Args:
             factor: float32 of shape lead: what the scale of before the fault is multiplied by, NaN
                 for models that are whole; None mends all.
+            inverse: float32 of shape lead: by how much the inverse scale is wrong; None = right.
         """
         hit = torch.zeros((), dtype=torch.bool) if factor is None else ~factor.isnan()
         # Decided here, so that `in_force` never waits for a device.
         self._known_ahead = bool((~self._is_current | hit.cpu()).all())
         self._fault_factor = None if factor is None else factor.to(self.scale.device)
         self._fault_hit = None if factor is None else hit.to(self.scale.device)
+        wrong = factor is not None and inverse is not None and bool((inverse != 1).any())
+        self._fault_inverse = (
+            inverse.to(self.scale.device) if wrong and inverse is not None else None
+        )
 
     def in_force(self) -> Tensor | None:
         """The scale that the next cast will use, shape lead; None if its tensor decides."""
         return self._broken(self.scale) if self._known_ahead else None
+
+    def inverse(self, scale: Tensor) -> Tensor:
+        """What the GEMM's result is multiplied by to undo `scale`: 1 / scale, faults aside."""
+        exact = scale.reciprocal()
+        return exact if self._fault_inverse is None else exact * self._fault_inverse
 
     def step(self, x: Tensor, *, update: bool) -> Tensor:
         """The scale for x; afterwards the state has seen x.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 from prometheus_client.exposition import generate_latest
@@ -15,6 +15,7 @@ from foreshock.api.columns import RecordReader
 from foreshock.api.exposition import (
     LAYER_STATISTICS,
     METRICS,
+    FiringAlert,
     RunReading,
     ServiceTally,
     metrics_registry,
@@ -37,10 +38,15 @@ def reading(run: str = "llama", kurtosis: float = 3.0, loss: float = 2.0) -> Run
     )
 
 
-def exposed(*readings: RunReading, tally: ServiceTally | None = None) -> str:
+def exposed(
+    *readings: RunReading,
+    tally: ServiceTally | None = None,
+    firing: Collection[FiringAlert] = (),
+) -> str:
     registry = metrics_registry(
         tally=tally or ServiceTally(),
         runs=lambda: readings,
+        firing=lambda: firing,
         gauges=lambda: {"foreshock_live_runs": len(readings)},
     )
     return generate_latest(registry).decode()
@@ -80,6 +86,19 @@ def test_layers_are_the_worst_few_and_leave_when_they_are_not() -> None:
     assert "blocks.7.mlp.down" in before
     assert "blocks.0.mlp.down" not in before
     assert layers(exposed(), name) == []
+
+
+def test_firing_alerts_are_those_of_the_log_whether_the_run_is_live_or_not() -> None:
+    firing: set[FiringAlert] = {
+        ("default", "llama", "forecast"),
+        ("default", "gone", "detection"),
+    }
+    text = exposed(reading(), firing=firing)
+    assert [line for line in text.splitlines() if line.startswith("foreshock_alert_firing{")] == [
+        'foreshock_alert_firing{kind="detection",project="default",run="gone"} 1.0',
+        'foreshock_alert_firing{kind="detection",project="default",run="llama"} 0.0',
+        'foreshock_alert_firing{kind="forecast",project="default",run="llama"} 1.0',
+    ]
 
 
 def test_non_finite_loss_is_shown() -> None:

@@ -172,6 +172,7 @@ _Key = tuple[str, int]
 class _Open:
     id: int
     state: LoggedState
+    subject: AlertSubject
 
 
 class AlertLog:
@@ -191,7 +192,7 @@ class AlertLog:
             metadata.create_all(connection, tables=[alerts, deliveries])
             for row in connection.execute(sa.select(alerts).where(alerts.c.state != "resolved")):
                 kinds = self._open.setdefault((row.run_id, row.attempt), {})
-                kinds[row.kind] = _Open(row.id, row.state)
+                kinds[row.kind] = _Open(row.id, row.state, _subject(row))
 
     def follow(
         self, subject: AlertSubject, risk: Risk, explain: Callable[[], AlertContent]
@@ -238,6 +239,16 @@ class AlertLog:
         with self._lock:
             return tuple(self._open)
 
+    def firing(self) -> frozenset[tuple[str, str, RiskKind]]:
+        """Project, run and kind of every alert that is firing."""
+        with self._lock:
+            return frozenset(
+                (known.subject.project, known.subject.run, kind)
+                for kinds in self._open.values()
+                for kind, known in kinds.items()
+                if known.state == "firing"
+            )
+
     def _advance(
         self, subject: AlertSubject, kind: RiskKind, risk: Risk, content: AlertContent
     ) -> tuple[Alert, ...]:
@@ -253,16 +264,16 @@ class AlertLog:
                 values |= asdict(subject) | {"kind": kind, "opened_step": risk.step}
                 replayed = _existing(connection, subject, kind, risk.step)
                 if replayed is not None:
-                    found[kind] = _Open(replayed.id, replayed.state)
+                    found[kind] = _Open(replayed.id, replayed.state, subject)
                     return ()
                 key = connection.execute(sa.insert(alerts).values(values)).inserted_primary_key
-                known = _Open(int(key[0]) if key is not None else 0, state)
+                known = _Open(int(key[0]) if key is not None else 0, state, subject)
             else:
                 connection.execute(sa.update(alerts).where(alerts.c.id == known.id).values(values))
             if state == "firing":
                 self._post(connection, known.id, "firing", now)
             row = connection.execute(sa.select(alerts).where(alerts.c.id == known.id)).one()
-        found[kind] = _Open(known.id, state)
+        found[kind] = _Open(known.id, state, subject)
         return (_alert(row),)
 
     def _settle(self, subject: AlertSubject, step: int, reason: str) -> tuple[Alert, ...]:
@@ -418,10 +429,14 @@ def _load(text: str) -> AlertContent:
     )
 
 
+def _subject(row: Any) -> AlertSubject:
+    return AlertSubject(row.run_id, row.project, row.run, row.attempt)
+
+
 def _alert(row: Any) -> Alert:
     return Alert(
         id=row.id,
-        subject=AlertSubject(row.run_id, row.project, row.run, row.attempt),
+        subject=_subject(row),
         kind=row.kind,
         state=row.state,
         opened_step=row.opened_step,

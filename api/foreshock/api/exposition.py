@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -24,11 +24,12 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from foreshock.api.columns import TensorLayout
-from foreshock.monitor.record import Risk, StatisticColumns
+from foreshock.monitor.record import Risk, RiskKind, StatisticColumns
 
 __all__ = [
     "LAYER_STATISTICS",
     "METRICS",
+    "FiringAlert",
     "MetricSpec",
     "RunReading",
     "ServiceTally",
@@ -36,6 +37,10 @@ __all__ = [
 ]
 
 MetricKind = Literal["gauge", "counter", "histogram"]
+FiringAlert = tuple[str, str, RiskKind]
+"""Project, run and kind of an alert that is firing."""
+
+ALERT_KINDS: Final[tuple[RiskKind, ...]] = ("forecast", "detection")
 
 TOP_LAYERS: Final = 5
 """Layers by name per run, role and statistic."""
@@ -293,6 +298,7 @@ def metrics_registry(
     *,
     tally: ServiceTally,
     runs: Callable[[], Sequence[RunReading]],
+    firing: Callable[[], Collection[FiringAlert]],
     gauges: Callable[[], Mapping[str, float]],
 ) -> CollectorRegistry:
     """A registry of its own (no process-wide one) that reads at scrape time.
@@ -300,10 +306,11 @@ def metrics_registry(
     Args:
         tally: The service's counters.
         runs: Gives the live runs, the most recently active first.
+        firing: Gives the alerts that are firing now, of live runs and of others.
         gauges: Gives the service's gauges by metric name.
     """
     registry = CollectorRegistry()
-    registry.register(_Exposition(tally, runs, gauges))
+    registry.register(_Exposition(tally, runs, firing, gauges))
     return registry
 
 
@@ -312,10 +319,12 @@ class _Exposition(Collector):
         self,
         tally: ServiceTally,
         runs: Callable[[], Sequence[RunReading]],
+        firing: Callable[[], Collection[FiringAlert]],
         gauges: Callable[[], Mapping[str, float]],
     ) -> None:
         self._tally = tally
         self._runs = runs
+        self._firing = firing
         self._gauges = gauges
 
     def describe(self) -> Iterable[Metric]:
@@ -329,11 +338,19 @@ class _Exposition(Collector):
         for reading in readings:
             for name, names, value in _run_samples(reading):
                 samples.setdefault(name, []).append(((reading.project, reading.run, *names), value))
+        samples["foreshock_alert_firing"] = self._firing_samples(readings)
         for spec in (*_RUN_METRICS, *_WORST_METRICS, *_LAYER_METRICS):
             yield _family(spec, samples.get(spec.name, []))
         for name, value in self._gauges().items():
             yield _family(METRICS[name], [((), value)])
         yield from self._tally.families()
+
+    def _firing_samples(self, readings: Sequence[RunReading]) -> list[_Sample]:
+        """From the log, not the newest risk, so that a rule on it ends when the alert does."""
+        firing = set(self._firing())
+        scored = [reading for reading in readings if reading.risk is not None]
+        quiet = {(r.project, r.run, kind) for r in scored for kind in ALERT_KINDS}
+        return [(key, float(key in firing)) for key in sorted(quiet | firing)]
 
 
 _Sample = tuple[tuple[str, ...], float]
@@ -363,9 +380,6 @@ def _run_samples(reading: RunReading) -> Iterator[tuple[str, tuple[str, ...], fl
                 yield "foreshock_divergence_risk_ratio", (str(horizon),), probability
         for state in ("ok", "pending", "firing", "resolved"):
             yield "foreshock_alert_state", (state,), float(reading.risk.state == state)
-        firing = reading.risk.kind if reading.risk.state == "firing" else None
-        for kind in ("forecast", "detection"):
-            yield "foreshock_alert_firing", (kind,), float(firing == kind)
     if reading.layout is not None and reading.statistics is not None:
         yield from _tensor_samples(reading.layout, reading.statistics)
 

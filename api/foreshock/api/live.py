@@ -223,7 +223,10 @@ class LiveAnalysis:
                 busy = False
             if not busy:
                 self._wake.wait(_TICK_SECONDS)
-        self._save(everything=True)
+        try:
+            self._save(everything=True)
+        except Exception:  # noqa: BLE001 what is not saved is scored again after the restart
+            self._failure("the last risk rows could not be saved")
 
     def _failure(self, message: str) -> None:
         logger.exception(message)

@@ -71,7 +71,10 @@ class LiveService:
         )
         self._analysis = LiveAnalysis(parts, queue_batches=settings.live_queue_batches)
         self.metrics = metrics_registry(
-            tally=self.tally, runs=self._analysis.readings, gauges=self._gauges
+            tally=self.tally,
+            runs=self._analysis.readings,
+            firing=self.log.firing,
+            gauges=self._gauges,
         )
 
     def start(self) -> None:

@@ -5,11 +5,12 @@ The store opens in the process that serves (its engine does not survive a fork).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 
 import pyarrow as pa
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from foreshock.api import problems
@@ -34,9 +35,11 @@ from foreshock.api.routes import (
 )
 from foreshock.api.services import Latest, Live, Services
 from foreshock.api.settings import Settings
-from foreshock.api.store import Limits, Store
+from foreshock.api.store import Limits, Store, StoreBusy, StoreError
 
 __all__ = ["LiveFactory", "NoLive", "create_app"]
+
+_log = logging.getLogger(__name__)
 
 LiveFactory = Callable[[Settings, Registry, Store], Live]
 
@@ -92,8 +95,16 @@ def create_app(settings: Settings, *, live: LiveFactory | None = None) -> FastAP
     app.include_router(metrics.router)
     app.include_router(page.router)
     problems.install(app)
+    app.add_exception_handler(StoreError, _on_store_error)
     app.add_middleware(Guard, settings=settings)
     return app
+
+
+def _on_store_error(_: Request, error: Exception) -> Response:
+    _log.error("the store failed: %s", error)
+    busy = isinstance(error, StoreBusy)
+    detail = "the store is busy" if busy else "the store could not answer; ask for less, or again"
+    return problems.problem_response(problems.Problem(503, detail, headers={"Retry-After": "1"}))
 
 
 def _api_router() -> APIRouter:

@@ -43,8 +43,6 @@ def serve(
 ) -> None:
     """Run the service until it is told to stop; what was received is finished first."""
     extras.require("api")
-    from foreshock.api.cli.server import listen, run
-    from foreshock.api.live_service import alert_channels
     from foreshock.api.settings import Settings
 
     overrides = {
@@ -59,9 +57,15 @@ def serve(
     }
     try:
         settings = Settings.from_environment(os.environ, overrides)
+        # Only now the heavy part: what is wrong with the settings is told at once.
+        from foreshock.api.cli.server import claim, listen, run
+        from foreshock.api.live_service import alert_channels
+
         alert_channels(settings)
+        claimed = claim(settings.data_dir)
         listener = listen(settings)
     except (ValueError, OSError) as error:
         typer.echo(f"foreshock serve: {error}", err=True)
         raise typer.Exit(2) from None
-    raise typer.Exit(run(settings, listener, port_file))
+    with claimed:
+        raise typer.Exit(run(settings, listener, port_file))

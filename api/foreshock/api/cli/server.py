@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import socket
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import IO, Final
 
 import typer
 import uvicorn
@@ -16,11 +17,27 @@ from foreshock.api.app import create_app
 from foreshock.api.live_service import LiveService
 from foreshock.api.settings import Settings
 
-__all__ = ["listen", "run"]
+__all__ = ["claim", "listen", "run"]
 
 _BACKLOG: Final = 512
 # Streams of events never end by themselves.
 _GRACEFUL_SECONDS: Final = 5
+
+
+def claim(folder: Path) -> IO[bytes]:
+    """Take a folder for this process; closing the file, or the end of the process, frees it.
+
+    Raises:
+        OSError: Another service has it, or it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise OSError(f"{folder} is in use by another foreshock serve") from None
+    return file
 
 
 def listen(settings: Settings) -> socket.socket:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from typing import IO, Annotated, Any, Final
 
 import pyarrow as pa
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from fastapi import APIRouter, Header
 from fastapi.responses import StreamingResponse
@@ -19,7 +20,7 @@ from foreshock.api.services import ServicesDep
 from foreshock.api.store import Store, View
 from foreshock.api.store_rows import widen
 from foreshock.api.wire import ARROW, JSON
-from foreshock.monitor.record import SCHEMA, records_to_json, table_to_records
+from foreshock.monitor.record import SCHEMA, encode_number, records_to_json, table_to_records
 
 __all__ = ["router"]
 
@@ -83,21 +84,23 @@ def _pieces(file: IO[bytes]) -> Iterator[bytes]:
 
 def _csv(store: Store, view: View) -> Iterator[bytes]:
     names = store.scalar_names(view.run_id)
-    header = True
+    yield _csv_lines([["step", "time", *names]])
     for steps, scalars in store.scalar_chunks(view):
-        sink = io.BytesIO()
-        options = pacsv.WriteOptions(include_header=header)
-        pacsv.write_csv(_csv_table(steps, scalars, names), sink, options)
-        header = False
-        yield sink.getvalue()
-    if header:
-        yield (",".join(f'"{name}"' for name in ("step", "time", *names)) + "\n").encode()
+        columns = widen(steps, scalars, names).to_pydict().values()
+        yield _csv_lines([map(_csv_value, row) for row in zip(*columns, strict=True)])
 
 
-def _csv_table(steps: pa.Table, scalars: pa.Table, names: Sequence[str]) -> pa.Table:
-    table = widen(steps, scalars, names)
-    time = pa.array([moment.isoformat() for moment in table["time"].to_pylist()], pa.string())
-    return table.set_column(1, "time", time)
+def _csv_lines(rows: Iterable[Iterable[object]]) -> bytes:
+    sink = io.StringIO()
+    csv.writer(sink, lineterminator="\n").writerows(rows)
+    return sink.getvalue().encode()
+
+
+def _csv_value(value: object) -> object:
+    """A cell: empty for not measured, non-finite numbers as in JSON."""
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return encode_number(value) if isinstance(value, float) else value
 
 
 def _json(store: Store, view: View) -> Iterator[bytes]:

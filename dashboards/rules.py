@@ -114,8 +114,8 @@ def rules() -> dict[str, Any]:
     ]
     return {
         "groups": [
-            {"name": "foreshock-recorded", "interval": SCRAPE_INTERVAL, "rules": recorded},
-            {"name": "foreshock-alerts", "interval": SCRAPE_INTERVAL, "rules": alerts},
+            {"name": "foreshock-recorded", "rules": recorded},
+            {"name": "foreshock-alerts", "rules": alerts},
         ]
     }
 

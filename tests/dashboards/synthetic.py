@@ -56,7 +56,7 @@ def record(
         scalars={
             "loss": loss(step, rise),
             "grad_norm": 0.8 * sick**0.5 + 0.01 * math.cos(3.1 * step),
-            "learning_rate": 1e-3 * min(1.0, (step + 1) / 20),
+            "learning_rate": 1e-3 * min(1.0, (step + 1) / 20) * 0.999**step,
             "update_ratio": 2e-3 * sick**0.3,
             "param_norm": 40 + 0.01 * step,
             "tokens": 4096.0 * (step + 1),

@@ -1,3 +1,5 @@
+"""The decoder: sizes, names, first losses, and faults on its layers; no optimizer here."""
+
 import math
 
 import pytest

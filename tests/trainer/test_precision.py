@@ -1,3 +1,5 @@
+"""GEMM layers: casts, scales and products against their definitions; no training here."""
+
 import math
 
 import pytest

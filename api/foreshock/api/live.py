@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 CHUNK: Final = 256
 """Records of one run scored before the next run has its turn."""
 
-WARM_RECORDS: Final = 600
-"""Records before the newest scored one that bring a fresh scorer to where it was."""
+WARM_RECORDS: Final = 2048
+"""Records before the newest scored one that bring a fresh scorer to where it was: eight half-lives
+of its slowest mean. A shorter attempt is scored anew from its start, to the same risks exactly."""
 
 IDLE_SECONDS: Final = 900.0
 """A run that sent nothing for so long leaves memory; it comes back with its next record."""
@@ -59,8 +60,8 @@ _Key = tuple[str, int]
 class RecordStore(Protocol):
     """What the live analysis needs of the store."""
 
-    def newest_records(self, run_id: str, attempt: int, up_to: int, count: int) -> pa.Table:
-        """The last `count` records with step <= up_to, sorted by step."""
+    def step_before(self, run_id: str, attempt: int, up_to: int, count: int) -> int:
+        """The step that exactly the last `count` records with step <= up_to come after, or -1."""
         ...
 
     def next_records(self, run_id: str, attempt: int, after: int, count: int) -> pa.Table:
@@ -297,12 +298,13 @@ class LiveAnalysis:
         late = sum(run.offer(table) for table in tables)
         if late:
             self._parts.tally.add("foreshock_late_records_total", late)
-            table = self._parts.store.newest_records(*key, run.last_step, WARM_RECORDS)
-            run.rebuild(self._parts.new_scorer(), table)
+            newest = max(run.last_step, run.silent_until)
+            after = self._parts.store.step_before(*key, newest, WARM_RECORDS)
+            run.rewind(self._parts.new_scorer(), after)
         return run
 
     def _opened(self, run_id: str, attempt: int) -> RunAnalysis:
-        """An attempt that was not in memory, its scorer brought to where it was."""
+        """An attempt that was not in memory; its scorer is yet to be brought to where it was."""
         parts = self._parts
         named = parts.registry.run(run_id)
         if named is None:
@@ -311,12 +313,12 @@ class LiveAnalysis:
         run = RunAnalysis(subject, parts.new_scorer())
         scored = parts.store.last_risk_step(run_id, attempt)
         if scored is not None:
-            run.warm(parts.store.newest_records(run_id, attempt, scored, WARM_RECORDS))
+            run.last_step = parts.store.step_before(run_id, attempt, scored, WARM_RECORDS)
+            run.silent_until = scored
         for owner, number in parts.log.open_attempts():
             if owner == run_id and number < attempt:
                 before = AlertSubject(run_id, named.project, named.name, number)
-                first = max(run.last_step, 0)
-                self._tell(parts.log.close(before, first, f"attempt {attempt} began"))
+                self._tell(parts.log.close(before, named.highest_step or 0, _newer(attempt)))
         return run
 
     def _advance(self, run: RunAnalysis) -> bool:
@@ -346,6 +348,8 @@ class LiveAnalysis:
                 break
             self._parts.tally.scored(time.perf_counter() - started)
             record, risk = pair
+            if record.step <= run.silent_until:
+                continue
             if risk is None:
                 self._parts.tally.add("foreshock_analysis_errors_total")
                 continue
@@ -422,6 +426,10 @@ class LiveAnalysis:
                 subject = AlertSubject(run_id, run.project, run.name, attempt)
                 reason = "the run has sent nothing since"
                 self._tell(self._parts.log.close(subject, run.highest_step or 0, reason))
+
+
+def _newer(attempt: int) -> str:
+    return f"attempt {attempt} began"
 
 
 def _tensor_rows(table: pa.Table) -> int:

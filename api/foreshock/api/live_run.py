@@ -86,7 +86,8 @@ class RunAnalysis:
 
     Attributes:
         subject: As given.
-        last_step: Newest scored step; -1 before the first.
+        last_step: Newest step given to the scorer; -1 before the first.
+        silent_until: Steps up to here only bring the scorer to where it was; they were answered.
         behind: Whether the store holds records that are not in this object's memory.
         touched: Monotonic seconds of the last sign of life; kept by the caller.
     """
@@ -94,6 +95,7 @@ class RunAnalysis:
     def __init__(self, subject: AlertSubject, scorer: Scorer) -> None:
         self.subject = subject
         self.last_step = -1
+        self.silent_until = -1
         self.behind = True
         self.touched = 0.0
         self._scorer = scorer
@@ -104,15 +106,15 @@ class RunAnalysis:
         self._scored: deque[int] = deque(maxlen=_RECENT)
         self._step_seconds: deque[float] = deque(maxlen=32)
         self._scalars: dict[str, float] = {}
-        self._dropped = 0.0
+        self._dropped, self._dropped_until = 0.0, -1
         self._with_tensors: RecordColumns | None = None
         self._safe_since: datetime | None = None
         self._latest: Latest | None = None
 
     @property
     def latest(self) -> Latest | None:
-        """The newest answer."""
-        return self._latest
+        """The newest answer; None until the scorer is where it was."""
+        return self._latest if self.last_step >= self.silent_until else None
 
     @property
     def pending(self) -> int:
@@ -179,17 +181,17 @@ class RunAnalysis:
         self._held_since = None
         return len(steps)
 
-    def warm(self, table: pa.Table) -> None:
-        """Bring a fresh scorer to where it was: score sorted records, answer nothing."""
-        for _ in self.score(table):
-            pass
+    def rewind(self, scorer: Scorer, after: int) -> None:
+        """Begin anew behind a step: what was answered already is scored again, in silence.
 
-    def rebuild(self, scorer: Scorer, table: pa.Table) -> None:
-        """Begin anew with a fresh scorer and the given sorted records (after late ones came)."""
-        dropped = self._dropped
+        Args:
+            scorer: Fresh.
+            after: The records after this step are to come, from the store.
+        """
         self._scorer = scorer
-        self.warm(table)
-        self._dropped = dropped
+        self.silent_until = max(self.silent_until, self.last_step)
+        self.last_step = after
+        self.fall_behind()
 
     def score(self, table: pa.Table) -> Iterator[tuple[RecordColumns, Risk | None]]:
         """Score sorted records one by one; None where the scorer failed, and the run goes on.
@@ -231,7 +233,9 @@ class RunAnalysis:
             self._step_seconds.append(record.scalars["step_seconds"])
         if record.layout is not None:
             self._with_tensors = record
-        self._dropped += sum(_dropped(event) for event in record.events)
+        if record.step > self._dropped_until:
+            self._dropped += sum(_dropped(event) for event in record.events)
+            self._dropped_until = record.step
         checkpoint = any(event.kind == "checkpoint" for event in record.events)
         if self._safe_since is None or checkpoint:
             self._safe_since = record.time
@@ -249,7 +253,7 @@ class RunAnalysis:
 
     def reading(self) -> RunReading | None:
         """The newest values for a scrape; None before the first."""
-        latest, measured = self._latest, self._with_tensors
+        latest, measured = self.latest, self._with_tensors
         if latest is None:
             return None
         return RunReading(

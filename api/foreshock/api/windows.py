@@ -51,9 +51,14 @@ class RunRecords:
 
     def newest_records(self, run_id: str, attempt: int, up_to: int, count: int) -> pa.Table:
         """The last `count` records with step <= up_to, sorted by step."""
+        after = self.step_before(run_id, attempt, up_to, count)
+        return self._store.record_window(run_id, attempt, after + 1, up_to)
+
+    def step_before(self, run_id: str, attempt: int, up_to: int, count: int) -> int:
+        """The step that exactly the last `count` records with step <= up_to come after, or -1."""
         bounds = self._store.bounds(View(run_id, attempt, last_step=up_to))
         if bounds is None:
-            return SCHEMA.empty_table()
+            return -1
         begin, last = bounds
         span = count
         while True:
@@ -62,7 +67,7 @@ class RunRecords:
             if len(steps) >= count or first == begin:
                 break
             span *= _WIDEN
-        return self._store.record_window(run_id, attempt, int(steps[-count:][0]), last)
+        return int(steps[-count:][0]) - 1
 
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
         """Keep risk rows of several (run_id, attempt)."""

@@ -69,7 +69,7 @@ def test_what_was_high_before_a_planned_event_does_not_count() -> None:
 
 
 def test_counts_where_alarms_begin() -> None:
-    values: list[float | None] = [0.0] * 5 + [0.9] * 5 + [0.0] * 12 + [0.9] * 3
+    values: Sequence[float | None] = [0.0] * 5 + [0.9] * 5 + [0.0] * 12 + [0.9] * 3
     assert count_alarms(values, 0.5) == [7, 24]
 
 

@@ -14,7 +14,7 @@ from foreshock.api.forecaster import DivergenceForecaster
 FloatArray = npt.NDArray[np.float64]
 
 
-@parametrize_with_checks([DivergenceForecaster()])
+@parametrize_with_checks([DivergenceForecaster()])  # type: ignore[untyped-decorator]
 def test_scikit_learn_conventions(estimator: object, check: object) -> None:
     assert callable(check)
     check(estimator)

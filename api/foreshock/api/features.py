@@ -32,7 +32,7 @@ _TENSORS: Final = tuple(name for name in TENSOR_SIGNALS if name != "nonfinite_te
 _FLAGS: Final = ("loss_nonfinite", "grad_norm_nonfinite", "nonfinite_tensors")
 _SCALAR_VIEWS: Final = ("short", "medium", "slow", "change", "now", "noise")
 _TENSOR_VIEWS: Final = ("short", "medium", "slow", "change")
-_LOSS_EXTRA: Final = ("loss.above_best", "loss.stalled")
+_LOSS_EXTRA: Final = ("loss.above_best",)
 _ROLES: Final = ("input", "weight", "grad_output")
 _MOVES: Final = ("move", "strongest")
 
@@ -171,7 +171,6 @@ class FeatureExtractor:
         self._flag_age = np.full(len(_FLAGS), np.inf)
         self._best = np.inf
         self._first = -np.inf
-        self._since_best = 0
         self._tensor_features = np.full(len(TENSOR_FEATURES), np.nan)
         self._tensor_seen = False
 
@@ -189,7 +188,7 @@ class FeatureExtractor:
         """A planned event (data switch, restart, new learning rate): levels start afresh."""
         self._scalars.rebaseline()
         self._tensors.rebaseline()
-        self._best, self._since_best = np.inf, 0
+        self._best = np.inf
         self._tensor_features[:] = np.nan
         self._tensor_seen = False
         self._muted = self.settings.settle
@@ -226,10 +225,9 @@ class FeatureExtractor:
             return
         if self._records <= 3:
             self._first = max(self._first, loss)
-        self._since_best += 1
         medium = float(self._scalars.mean[1, 0])
         if medium < self._best and self._scalars.count[0] >= 8:
-            self._best, self._since_best = medium, 0
+            self._best = medium
 
     def _update_tensors(self, values: FloatArray) -> None:
         self._tensor_age += 1
@@ -273,7 +271,7 @@ class FeatureExtractor:
         recent = np.exp2(-self._flag_age / 8.0)
         row = np.empty(len(FEATURES))
         row[:count] = flat[:count]
-        row[count : len(LOSS_FEATURES)] = self._loss_extra(float(noise[0]))
+        row[count] = self._above_best(float(noise[0]))
         start = len(LOSS_FEATURES)
         row[start : start + flat.size - count] = flat[count:]
         row[start + flat.size - count] = recent[1]
@@ -283,13 +281,13 @@ class FeatureExtractor:
             row[-1] = recent[2]
         return row
 
-    def _loss_extra(self, noise: float) -> tuple[float, float]:
-        """How far above its best the loss is (in shares of the progress), and for how long."""
+    def _above_best(self, noise: float) -> float:
+        """How far above its best the loss is, as a share of the progress made."""
         if not np.isfinite(self._best):
-            return np.nan, np.nan
+            return np.nan
         above = float(self._scalars.mean[1, 0]) - self._best
         progress = max(self._first - self._best, noise, 1e-30)
-        return min(max(above / progress, 0.0), 2.0), float(np.log2(1 + self._since_best / 32))
+        return min(max(above / progress, 0.0), 2.0)
 
 
 def _moves(medium: FloatArray) -> FloatArray:

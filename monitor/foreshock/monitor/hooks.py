@@ -179,7 +179,9 @@ class GemmHooks:
             model.register_forward_hook(_Hook(guard, self._model_returns)),
         ]
         for name, module in gemms.items():
-            hook = _Hook(guard, partial(self._gemm_ran, name))
+            # Asked once: a protocol check costs more than the rest of a hook.
+            tells = module if isinstance(module, QuantizedGemm) else None
+            hook = _Hook(guard, partial(self._gemm_ran, name, tells))
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def take(self) -> list[Observation]:
@@ -224,6 +226,7 @@ class GemmHooks:
     def _gemm_ran(
         self,
         name: str,
+        tells: QuantizedGemm | None,
         module: nn.Module,
         args: tuple[object, ...],
         kwargs: dict[str, object],
@@ -236,16 +239,16 @@ class GemmHooks:
             return
         call_index = self._calls.get(name, 0)
         self._calls[name] = call_index + 1
-        call = _Call(name, module, call_index, max(self._micro_batch, 0))
+        call = _Call(name, tells, call_index, max(self._micro_batch, 0))
         result = next(_tensors(output), None)
         compute = None if result is None else result.dtype
         operand = next(_tensors((*args, *kwargs.values())), None)
         if operand is not None:
             self._observe(call, "input", operand, compute)
-        if self.measuring and name not in self._weighed:
+        weight = module.weight
+        if self.measuring and name not in self._weighed and isinstance(weight, torch.Tensor):
             self._weighed.add(name)
-            assert isinstance(module.weight, torch.Tensor)
-            self._observe(replace(call, index=0), "weight", module.weight, compute)
+            self._observe(replace(call, index=0), "weight", weight, compute)
         if result is not None and result.requires_grad:
             hook = _Hook(self._guard, partial(self._gradient_came, call))
             result.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -260,7 +263,7 @@ class GemmHooks:
         if type(tensor) not in _PLAIN:
             self.skipped += 1
             return
-        operand = _operand(call.module, role, compute or tensor.dtype)
+        operand = _operand(call.tells, role, compute or tensor.dtype)
         identity = TensorIdentity(
             call.layer, role, operand.format, call.index, granularity=operand.granularity
         )
@@ -281,7 +284,7 @@ class _Call:
     """One call of one layer."""
 
     layer: str
-    module: nn.Module
+    tells: QuantizedGemm | None
     index: int
     micro_batch: int
 
@@ -296,10 +299,10 @@ def _counts(module: nn.Module) -> bool:
     )
 
 
-def _operand(module: nn.Module, role: str, compute: torch.dtype) -> Operand:
+def _operand(tells: QuantizedGemm | None, role: str, compute: torch.dtype) -> Operand:
     """How the operand is cast; a plain layer's GEMM runs in the type of its output (autocast)."""
-    if isinstance(module, QuantizedGemm):
-        return module.operand(role)
+    if tells is not None:
+        return tells.operand(role)
     return Operand(_DTYPE_FORMATS.get(compute, "fp32"), None)
 
 

@@ -12,6 +12,7 @@ from foreshock.monitor.formats import FORMATS
 from foreshock.monitor.operands import QuantizedGemm
 from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.precision import Fp8Linear, Scaling, gemm_linear, quantize
+from foreshock.trainer.precision.gemm import gemm, gemm_in_float32
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 DELAYED = PrecisionConfig(scaling="delayed", history=3)
@@ -112,6 +113,35 @@ def test_all_three_gemms_use_the_operands_that_fp8_leaves(config: PrecisionConfi
     ):
         error = (ours.double() - exact).abs()
         assert (error <= 2.0**-8 * exact.abs() + 1e-6 * exact.abs().max()).all()
+
+
+def test_bf16_layer_rounds_its_operands_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    layer = gemm_linear(24, 40, precision=[BF16])
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(2, 8, 24, requires_grad=True)
+    y = layer(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    xr, wr, gr = (t.detach().bfloat16().double() for t in (x, layer.weight, grad))
+    assert layer.operand("input").format == "bf16"
+    assert layer.weight.grad is not None
+    assert x.grad is not None
+    for ours, exact in (
+        (y, xr @ wr.T),
+        (x.grad, gr @ wr),
+        (layer.weight.grad, torch.einsum("bto,bti->oi", gr, xr)),
+    ):
+        error = (ours.double() - exact).abs()
+        assert (error <= 2.0**-8 * exact.abs() + 1e-6 * exact.abs().max()).all()
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_both_ways_to_multiply_agree(lead: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(*lead, 8, 16).bfloat16(), torch.randn(*lead, 16, 4).bfloat16()
+    fast, portable = gemm(a, b).float(), gemm_in_float32(a, b).float()
+    torch.testing.assert_close(fast, portable, rtol=2.0**-7, atol=1e-5)
 
 
 def test_operand_after_forward_is_the_scale_it_used() -> None:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from foreshock.monitor.operands import Operand
 from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.precision.cast import GEMM_DTYPE, quantize
+from foreshock.trainer.precision.gemm import gemm
 from foreshock.trainer.precision.scaling import Scaling
 
 __all__ = ["Bf16Linear", "Fp8Linear", "GemmLinear", "gemm_linear"]
@@ -104,8 +105,8 @@ class Bf16Linear(GemmLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), float32."""
         flat = x.reshape(*self.lead, -1, self.in_features).to(GEMM_DTYPE)
-        y = torch.matmul(flat, self._gemm_weight().to(GEMM_DTYPE).transpose(-1, -2))
-        return y.float().view(*x.shape[:-1], self.out_features)
+        y: Tensor = _Bf16Matmul.apply(flat, self._gemm_weight())  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Sizes and recipe."""
@@ -190,6 +191,23 @@ class Fp8Linear(GemmLinear):
         return f"{super().extra_repr()}, emulated fp8"
 
 
+class _Bf16Matmul(torch.autograd.Function):
+    """x (*lead, N, in), weight (*lead, out, in) -> float32 (*lead, N, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x, weight = x.to(GEMM_DTYPE), weight.to(GEMM_DTYPE)
+        ctx.save_for_backward(x, weight)
+        return gemm(x, weight.transpose(-1, -2)).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grad_output.to(GEMM_DTYPE)
+        return gemm(grad, weight).float(), gemm(grad.transpose(-1, -2), x).float()
+
+
 class _QuantizedMatmul(torch.autograd.Function):
     """x (*lead, N, in), weight (*lead, out, in) -> float32 (*lead, N, out)."""
 
@@ -199,15 +217,16 @@ class _QuantizedMatmul(torch.autograd.Function):
         w_codes, w_inverse = layer.cast_operand("weight", weight)
         ctx.save_for_backward(x_codes, w_codes, x_inverse, w_inverse)
         ctx.layer = layer
-        return _rescaled(x_codes @ w_codes.transpose(-1, -2), x_inverse, w_inverse)
+        return _rescaled(gemm(x_codes, w_codes.transpose(-1, -2)), x_inverse, w_inverse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         x_codes, w_codes, x_inverse, w_inverse = ctx.saved_tensors
         g_codes, g_inverse = ctx.layer.cast_operand("grad_output", grad_output)
-        grad_x = _rescaled(g_codes @ w_codes, g_inverse, w_inverse)
-        grad_weight = _rescaled(g_codes.transpose(-1, -2) @ x_codes, g_inverse, x_inverse)
+        grad_x = _rescaled(gemm(g_codes, w_codes), g_inverse, w_inverse)
+        product = gemm(g_codes.transpose(-1, -2), x_codes)
+        grad_weight = _rescaled(product, g_inverse, x_inverse)
         return grad_x, grad_weight, None
 
 

@@ -134,10 +134,10 @@ Kind = Literal["healthy", "hard", "natural", "fault"]
 # Shares of a corpus: healthy runs, healthy ones that look like trouble, failures that come of the
 # learning rate alone, injected faults.
 _SHARES: Final[tuple[tuple[Kind, float], ...]] = (
-    ("healthy", 0.25),
-    ("hard", 0.20),
-    ("natural", 0.25),
-    ("fault", 0.30),
+    ("healthy", 0.22),
+    ("hard", 0.16),
+    ("natural", 0.26),
+    ("fault", 0.36),
 )
 _SHAPES: Final = (
     ModelConfig(architecture="llama3", width=48, layers=3, heads=3),
@@ -161,8 +161,15 @@ _PRECISIONS: Final = (
 # do not: measured, see docs/log.md. With a constant rate far too high a small model never learns,
 # which is no divergence; a long warm-up lets it learn first and carries it over the edge then.
 _CALM_RATES: Final = {"llama3": (5e-4, 5e-3), "fog_max": (1e-3, 8e-3)}
-_EDGE_RATES: Final = {"llama3": (5e-2, 8.0), "fog_max": (2e-2, 5e-1)}
-_EDGE_WARMUPS: Final = (20, 100, 200, 400)
+_EDGE_RATES: Final = {"llama3": (1e-1, 3.0), "fog_max": (2e-2, 1.5e-1)}
+_EDGE_WARMUPS: Final = (20, 100, 200, 300, 400)
+_FAULT_KINDS: Final = (
+    *[LearningRateRamp] * 9,
+    *[BadBatch] * 3,
+    *[ScaleFault] * 5,
+    *[OutlierRamp] * 3,
+)
+"""How often each kind is drawn; a bfloat16 run has no scales to break and takes the first 12."""
 
 
 def corpus(seed: int, count: int, *, models_per_stack: int = 16) -> list[list[RunConfig]]:
@@ -267,43 +274,51 @@ def _natural(base: RunConfig, random: np.random.Generator) -> RunConfig:
             learning_rate=rate,
             clip=_pick((1.0, None), random),
             weight_decay=_pick((0.0, 0.1), random),
+            beta2=_pick((0.95, 0.99, 0.999, 0.999), random),
         ),
         schedule=ScheduleConfig(warmup_steps=_pick(_EDGE_WARMUPS, random)),
     )
 
 
 def _start(base: RunConfig, random: np.random.Generator) -> int:
-    """An even step between the 150th and the last quarter of the run."""
-    return 2 * int(random.integers(75, max(76, 3 * base.steps // 8)))
+    """An even step between the 150th and 60 % of the run."""
+    return 2 * int(random.integers(75, max(76, 3 * base.steps // 10)))
 
 
 def _fault(base: RunConfig, random: np.random.Generator) -> Fault:
     start = _start(base, random)
-    which = int(random.integers(4 if base.precision.backend == "emulated" else 2))
-    if which == 0:
+    kind = _pick(
+        _FAULT_KINDS if base.precision.backend == "emulated" else _FAULT_KINDS[:12], random
+    )
+    if kind is LearningRateRamp:
         jump = float(random.uniform()) < 0.2
-        factor = _log_uniform(random, 5, 100) if jump else _log_uniform(random, 1.01, 1.08)
+        factor = _log_uniform(random, 5, 300) if jump else _log_uniform(random, 1.012, 1.08)
         return LearningRateRamp(start=start, factor=factor, limit=factor if jump else 1e4)
-    if which == 1:
+    if kind is BadBatch:
         return BadBatch(
             start=start,
             duration=round(_log_uniform(random, 4, 60)),
             kind=_pick(("noise", "constant", "shuffled"), random),
-            gain=_log_uniform(random, 1, 1000),
+            gain=_log_uniform(random, 1, 3000),
         )
-    if which == 2:
+    if kind is ScaleFault:
+        # Inputs alone, or all operands with a stale inverse, bite; the rest are hazards that a
+        # small model does not mind.
+        bites = float(random.uniform()) < 0.75
+        stale = float(random.uniform()) < 0.5
+        some_roles = _pick((("input",), ("weight",), ("grad_output",), _ALL_ROLES), random)
         return ScaleFault(
             start=start,
-            growth=_pick((1.0, 1.01, 1.02, 1.05, 1.1, 0.95, 0.9), random),
-            roles=_pick((*[_ALL_ROLES] * 3, ("input",), ("weight",), ("grad_output",)), random),
-            layers=_pick(("", "", f"blocks.{random.integers(base.model.layers)}."), random),
-            stale_inverse=bool(random.uniform() < 0.7),
+            growth=_pick((1.02, 1.03, 1.05, 1.1) if bites else (1.0, 1.05, 0.95, 0.9), random),
+            roles=(_ALL_ROLES if stale else ("input",)) if bites else some_roles,
+            layers="" if bites else f"blocks.{random.integers(base.model.layers)}.",
+            stale_inverse=stale and bites,
         )
     return OutlierRamp(
         start=start,
-        layer=_pick(("", "", "mlp.down", f"blocks.{random.integers(base.model.layers)}."), random),
+        layer=_pick(("", "", "mlp.", f"blocks.{random.integers(base.model.layers)}."), random),
         channel=int(random.integers(base.model.width)),
-        growth=_log_uniform(random, 1.03, 1.2),
+        growth=_log_uniform(random, 1.05, 1.15),
         limit=1e9,
         history=1,
         period=_pick((2, 2, 3), random),

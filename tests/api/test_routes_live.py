@@ -287,7 +287,10 @@ def test_readers_that_leave_are_forgotten(scene: Scene) -> None:
 def test_a_restart_tells_nobody_twice_and_remembers(scene: Scene, tmp_path: Path) -> None:
     before = len(scene.receiver.bodies())
     risk = scene.get(f"{RUN}/risk")
-    assert scene.service.stop() == 0
+    with scene.client as client, client.stream("GET", f"{RUN}/events") as open_stream:
+        assert open_stream.status_code == 200
+        assert scene.service.stop() == 0
+    assert "exceeded" not in scene.service.log
     scene.service.start()
     assert [alert["name"] for alert in scene.firing()] == ["TrainingLossDiverging"]
     again = scene.get(f"{RUN}/risk")

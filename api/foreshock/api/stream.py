@@ -19,7 +19,7 @@ __all__ = ["HEARTBEAT_SECONDS", "EventKind", "EventStream", "StreamEvent"]
 
 EventKind = Literal["step", "risk", "alert"]
 
-HEARTBEAT_SECONDS: Final = 15.0
+HEARTBEAT_SECONDS: Final = 10.0
 """How often a quiet stream sends a comment, so that proxies and clients know it lives."""
 
 _RETRY_MILLISECONDS: Final = 2000

@@ -6,12 +6,15 @@ import fcntl
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, Final
 
 import typer
 import uvicorn
+from fastapi import FastAPI
 
 from foreshock.api.app import create_app
 from foreshock.api.live_service import LiveService
@@ -20,7 +23,7 @@ from foreshock.api.settings import Settings
 __all__ = ["claim", "listen", "run"]
 
 _BACKLOG: Final = 512
-# Streams of events never end by themselves.
+# Requests under way get so long; streams of events are ended before.
 _GRACEFUL_SECONDS: Final = 5
 
 
@@ -70,12 +73,19 @@ def run(settings: Settings, listener: socket.socket, port_file: Path | None) -> 
         timeout_graceful_shutdown=_GRACEFUL_SECONDS,
         backlog=_BACKLOG,
     )
-    server = _Server(config, listener, port_file)
+    server = _Server(config, listener, port_file, partial(_end_streams, app))
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signal again once it has shut down; being told to stop is no failure.
         signal.signal(number, _ignore)
     server.run(sockets=[listener])
     return 0 if server.started else 1
+
+
+def _end_streams(app: FastAPI) -> None:
+    """A stream of events never ends by itself, and the server waits for its connections."""
+    services = getattr(app.state, "services", None)
+    if services is not None and isinstance(services.live, LiveService):
+        services.live.stream.close()
 
 
 def _ignore(_: int, __: FrameType | None) -> None:
@@ -84,11 +94,21 @@ def _ignore(_: int, __: FrameType | None) -> None:
 
 class _Server(uvicorn.Server):
     def __init__(
-        self, config: uvicorn.Config, listener: socket.socket, port_file: Path | None
+        self,
+        config: uvicorn.Config,
+        listener: socket.socket,
+        port_file: Path | None,
+        before_stop: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self._listener = listener
         self._port_file = port_file
+        self._before_stop = before_stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop."""
+        self._before_stop()
+        await super().shutdown(sockets=sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and say where."""
@@ -101,6 +121,6 @@ class _Server(uvicorn.Server):
         sys.stdout.flush()
         if self._port_file is not None:
             # Whoever waits for the file must never read half of it.
-            partial = self._port_file.with_name(self._port_file.name + ".partial")
-            partial.write_text(f"{port}\n")
-            partial.replace(self._port_file)
+            unfinished = self._port_file.with_name(self._port_file.name + ".partial")
+            unfinished.write_text(f"{port}\n")
+            unfinished.replace(self._port_file)

@@ -108,8 +108,7 @@ def _config(
         hint = f" Did you mean {near[0].replace('-', '_')}?" if near else ""
         _fail(f"There is no recipe {recipe!r}.{hint} There are {', '.join(RECIPES)}.")
     config = known[key](seed)
-    run = name or (config.name if config.name.endswith(str(seed)) else f"{config.name}-{seed}")
-    config = replace(config, name=run, steps=steps or config.steps)
+    config = replace(config, name=name or f"{key}-{seed}", steps=steps or config.steps)
     if data is not None:
         config = replace(config, data=replace(config.data, folder=str(data)))
     return config

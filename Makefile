@@ -37,9 +37,9 @@ check: setup-dev
 	$(BIN)/python -m pip check
 
 bench: setup-dev
-	$(BIN)/python benchmarks/monitor_overhead.py
-	$(BIN)/python benchmarks/ingest.py
-	$(BIN)/python benchmarks/page_latency.py
+	$(BIN)/python -m benchmarks.monitor_overhead
+	$(BIN)/python -m benchmarks.ingest
+	$(BIN)/python -m benchmarks.page_latency
 
 # On a machine with a CUDA device and its own torch; needs pytest there and nothing else installed.
 gpu-test:

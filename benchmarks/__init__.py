@@ -1,0 +1,1 @@
+"""Scripts behind docs/benchmarks.md: each prints ratios measured in one run."""

@@ -171,6 +171,7 @@ class GemmHooks:
         self._micro_batch = -1
         self._calls: dict[str, int] = {}
         self._weighed: set[str] = set()
+        self._identities: dict[tuple[str, str, int], TensorIdentity] = {}
         self._sums = BatchedSums()
         self._probes: list[torch.Tensor] = []
         self._seen: list[tuple[TensorIdentity, int]] = []
@@ -263,10 +264,15 @@ class GemmHooks:
         if type(tensor) not in _PLAIN:
             self.skipped += 1
             return
-        operand = _operand(call.tells, role, compute or tensor.dtype)
-        identity = TensorIdentity(
-            call.layer, role, operand.format, call.index, granularity=operand.granularity
-        )
+        key = (call.layer, role, call.index)
+        identity = self._identities.get(key)
+        # Asking a layer for its scale may cost it work, and only measuring needs it.
+        if self.measuring or identity is None:
+            operand = _operand(call.tells, role, compute or tensor.dtype)
+            identity = TensorIdentity(
+                call.layer, role, operand.format, call.index, granularity=operand.granularity
+            )
+            self._identities[key] = identity
         if self.measuring:
             self._sums.add(tensor, operand)
         else:

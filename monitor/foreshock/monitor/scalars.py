@@ -109,25 +109,27 @@ class Parameters:
         self._parameters = [parameter for parameter in names if parameter.numel()]
         self._names = tuple(names[parameter] for parameter in self._parameters)
         self._before: torch.Tensor | None = None
+        self._samples: list[torch.Tensor] = []
         self._weights: torch.Tensor | None = None
 
     def before_step(self) -> None:
         """Take the sample that the step is about to change."""
+        self._samples = [_sample_of(parameter) for parameter in self._parameters]
         self._before = self._sample()
 
     def after_step(self) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         """The update ratio (None without a sample from before) and each parameter's norm."""
         before, self._before = self._before, None
         with torch.no_grad():
-            norms = [_norm(parameter.detach()) for parameter in self._parameters]
+            norms = _norms([parameter.detach() for parameter in self._parameters])
             ratio = None if before is None else self._ratio(before, self._sample())
         return ratio, dict(zip(self._names, norms, strict=True))
 
     def _ratio(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         if self._weights is None or self._weights.device != before.device:
             parts = [
-                torch.full((_sample_of(p).numel(),), float(_stride(p)), device=before.device)
-                for p in self._parameters
+                torch.full(sample.shape, float(_stride(parameter)), device=before.device)
+                for sample, parameter in zip(self._samples, self._parameters, strict=True)
             ]
             self._weights = torch.cat(parts)
         change = after - before
@@ -137,7 +139,7 @@ class Parameters:
 
     def _sample(self) -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([_sample_of(p).float() for p in self._parameters])
+            return torch.cat(self._samples).float()
 
 
 def _stride(parameter: nn.Parameter) -> int:
@@ -146,6 +148,14 @@ def _stride(parameter: nn.Parameter) -> int:
 
 def _sample_of(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.detach().reshape(-1)[:: _stride(parameter)]
+
+
+def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """One call for all of them; it takes one type at a time."""
+    wide = [torch.float64 if x.dtype == torch.float64 else torch.float32 for x in tensors]
+    if len({x.dtype for x in tensors}) > 1:
+        return [_norm(x) for x in tensors]
+    return list(torch._foreach_norm(tensors, 2, dtype=wide[0]))
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,9 @@ def pack(groups: Mapping[str, Sequence[torch.Tensor]], device: torch.device) -> 
 
 
 def _flat(group: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    tensors = [tensor.detach().reshape(-1).to(device, non_blocking=True) for tensor in group]
-    same = all(tensor.dtype == tensors[0].dtype for tensor in tensors)
-    return torch.cat(tensors if same else [tensor.double() for tensor in tensors]).double()
+    tensors = [t if t.device == device else t.to(device, non_blocking=True) for t in group]
+    shape = tensors[0].shape
+    # Both promote mixed types. Stacking scalars costs one operation, flattening them one each.
+    if all(tensor.shape == shape for tensor in tensors):
+        return torch.stack(tensors).reshape(-1).double()
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]).double()

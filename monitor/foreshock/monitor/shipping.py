@@ -67,7 +67,7 @@ class Service:
     """The two calls of the service that a training job makes.
 
     Args:
-        url: Base address, e.g. http://127.0.0.1:8787.
+        url: Base address, e.g. http://127.0.0.1:8420.
         token: Bearer token with the scope write, or None.
         timeout: Seconds for one answer.
         transport: Instead of the network, for tests.

@@ -8,12 +8,16 @@ import * as wire from "./wire.js";
 
 const RUNS_EVERY = 2000; // ms between looks at the list of runs
 const FAST_EVERY = 1000; // ms at least between refreshes of risk and loss
-const SLOW_EVERY = 3000; // ms at least between refreshes of heatmap, diagnosis and alerts
+const HEAT_EVERY = 3000; // ms at least between refreshes of the heatmap
+const CAUSE_EVERY = 5000; // ms at least between refreshes of the diagnosis, the dearest answer
 const SIGNED_IN = "foreshock-signed-in"; // only whether to offer signing out: the token itself is out of reach here
+
+const idle = () => ({ fast: false, heat: false, cause: false });
+const never = () => ({ fast: -Infinity, heat: -Infinity, cause: -Infinity });
 
 const page = {
   runs: [], run: null, risk: null, stream: null, alarms: [], generation: 0,
-  due: { fast: false, slow: false }, busy: { fast: false, slow: false }, last: { fast: 0, slow: 0 },
+  due: idle(), busy: idle(), last: never(),
 };
 
 const query = () => new URLSearchParams(location.search);
@@ -136,16 +140,24 @@ function open(run) {
   show("view", true);
   panels.heading(run, null);
   panels.tiles(null);
-  page.last = { fast: 0, slow: 0 };
-  page.busy = { fast: false, slow: false };
-  page.stream = new Stream(wire.eventsPath(run), mark, (up) => up && reachable());
+  page.last = never();
+  page.busy = idle();
+  listen();
+}
+
+/** Only a page that is looked at holds a stream: a browser has six connections to us for all its tabs. */
+function listen() {
+  page.stream?.close();
+  page.stream = null;
+  if (document.hidden || !page.run || page.run.gone) return;
+  page.stream = new Stream(wire.eventsPath(page.run), mark, (up) => up && reachable());
   mark();
 }
 
 // ---- the chosen run
 
 const mark = () => {
-  page.due = { fast: true, slow: true };
+  page.due = { fast: true, heat: true, cause: true };
 };
 
 /** Fetches again what is due, never twice at a time and never for a run no longer shown. */
@@ -173,7 +185,7 @@ async function fast(run, current) {
   if (!current()) return;
   page.risk = risk;
   const alarms = wire.alarms(alerts);
-  if (alarms.length !== page.alarms.length) page.due.slow = true; // the heatmap marks them too
+  if (alarms.length !== page.alarms.length) page.due.heat = true; // the heatmap marks them too
   page.alarms = alarms;
   panels.alerts(alerts, judge);
   panels.heading(page.run, risk);
@@ -186,25 +198,29 @@ async function fast(run, current) {
   const shown = { key: run.id, alarms: page.alarms, risk: history.step.length ? history : null };
   contentOr("loss", loss.step.length ? null : "This run has not reported a loss.");
   if (loss.step.length) drawLoss({ ...shown, loss, horizon, log: $("log").checked });
-  contentOr("risk", horizons.length ? null : "No forecast yet: it starts after the first records.");
+  contentOr("risk", horizons.length ? null : panels.noForecast(risk));
   if (horizons.length) drawRisk({ ...shown, horizons });
   page.drawn = { ...shown, loss, horizon };
 }
 
-async function slow(run, current) {
+async function heat(run, current) {
   if (!run.roles) {
     const roles = await wire.roles(run);
     if (!current()) return;
     page.run.roles = roles;
     if (roles.length) fill("role", roles, $("role").value);
   }
-  const [causes, heat] = await Promise.all([wire.diagnosis(run), wire.heat(run, $("statistic").value, $("role").value)]);
+  const [statistic, role] = [$("statistic").value, $("role").value];
+  const map = await wire.heat(run, statistic, role);
   if (!current()) return;
-  panels.diagnosis(causes, page.risk?.state ?? run.state);
-  const statistic = $("statistic").value;
-  const some = heat.values.some((row) => row.some((value) => value !== null));
-  contentOr("heat", some ? null : `No ${statistic} of ${$("role").value} recorded in this run.`);
-  if (some) drawHeat({ key: run.id, heat, statistic, role: $("role").value, alarms: page.alarms });
+  const some = map.values.some((row) => row.some((value) => value !== null));
+  contentOr("heat", some ? null : `No ${statistic} of ${role} recorded in this run.`);
+  if (some) drawHeat({ key: run.id, heat: map, statistic, role, alarms: page.alarms });
+}
+
+async function cause(run, current) {
+  const causes = await wire.diagnosis(run);
+  if (current()) panels.diagnosis(causes, page.risk?.state ?? run.state);
 }
 
 async function judge(alert, verdict) {
@@ -225,8 +241,8 @@ function fill(id, values, preferred) {
     const next = query();
     next.set(id, $(id).value);
     history.replaceState(null, "", `?${next}`);
-    Object.assign(page.due, { slow: true });
-    page.last.slow = 0;
+    page.due.heat = true;
+    page.last.heat = -Infinity;
   };
 }
 
@@ -259,7 +275,10 @@ function controls() {
     panels.runList(page.runs, page.run?.id, choose);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", mark);
-  document.addEventListener("visibilitychange", () => !document.hidden && mark());
+  document.addEventListener("visibilitychange", listen);
+  // A page kept for the back button counts as hidden only after its connections were kept too.
+  addEventListener("pagehide", () => page.stream?.close());
+  addEventListener("pageshow", (event) => event.persisted && listen());
 }
 
 async function everyTwoSeconds() {
@@ -274,5 +293,6 @@ controls();
 everyTwoSeconds();
 setInterval(() => {
   turn("fast", FAST_EVERY, fast);
-  turn("slow", SLOW_EVERY, slow);
+  turn("heat", HEAT_EVERY, heat);
+  turn("cause", CAUSE_EVERY, cause);
 }, 200);

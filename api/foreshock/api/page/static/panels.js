@@ -57,6 +57,11 @@ export function heading(run, risk) {
   $("alarm").replaceChildren(...[kind, pill(risk?.state ?? run.state, true)].filter(Boolean));
 }
 
+const answered = (risk) => Object.values(risk?.probability ?? {}).some((value) => value !== null);
+
+export const noForecast = (risk) =>
+  (Object.keys(risk?.reasons ?? {}).length ? "No horizon has an answer:" : "No forecast yet: it starts after the first records.");
+
 export function tiles(risk) {
   const items = Object.keys(risk?.probability ?? {}).map((horizon, i) => {
     const band = risk.band?.[horizon];
@@ -71,7 +76,7 @@ export function tiles(risk) {
     items.push(el("li", {},
       el("p", { class: "label" }, "expected lead"),
       el("p", { class: "value" }, lead === null ? "–" : `${grouped(Math.round(lead))}`),
-      el("p", { class: "note" }, lead === null ? "no divergence in sight" : "steps until the loss rises, if it does")));
+      el("p", { class: "note" }, !answered(risk) ? "no forecast" : lead === null ? "no divergence in sight" : "steps until the loss rises, if it does")));
   }
   $("horizons").replaceChildren(...items);
   $("horizons").hidden = items.length === 0;
@@ -84,7 +89,8 @@ export function reasons(risk) {
 
 export function drivers(risk) {
   const rows = (risk?.drivers ?? []).slice(0, 7);
-  contentOr("drivers", rows.length ? null : "Nothing stands out: every signal is at this run's usual level.");
+  const none = answered(risk) ? "Nothing stands out: every signal is at this run's usual level." : "There is no forecast to explain.";
+  contentOr("drivers", rows.length ? null : none);
   const largest = Math.max(...rows.map((row) => Math.abs(row.contribution)), 1e-9);
   $("drivers").replaceChildren(...rows.map((row) => {
     const raises = row.contribution >= 0;
@@ -111,9 +117,11 @@ function causeRows(cause) {
 }
 
 /** The likeliest cause in full, the others to open; what a reader has opened stays open. */
-export function diagnosis(causes, state) {
-  const none = state === "ok" ? "Nothing to diagnose while the run is quiet." : "No cause stands out yet.";
-  contentOr("causes", causes.length ? null : none);
+export function diagnosis(answer, state) {
+  const causes = answer.filter((cause, i) => i === 0 || number(cause.probability) >= 0.01);
+  const calm = state === "ok" || !state;
+  contentOr("causes", causes.length ? null : "No cause stands out.");
+  $("causes-calm").hidden = !calm || !causes.length;
   const opened = new Set([...$("causes").querySelectorAll("details[open]")].map((item) => item.dataset.cause));
   $("causes").replaceChildren(...causes.map((cause, i) => {
     const head = el("span", { class: "row" }, el("h3", {}, CAUSES[cause.name] ?? cause.name), el("span", { class: "share" }, percent(number(cause.probability))));

@@ -62,7 +62,7 @@ def write_corpus(
             truth = None
             if index % 2:
                 kind = "LearningRateRamp" if index % 4 == 1 else "ScaleFault"
-                start = int(rng.integers(150, 260))
+                start = int(rng.integers(130, count - 140))
                 break_run(signals, start, rng, kind)
                 truth = {"kind": kind, "start": start}
             tables.append(_table(name, signals))

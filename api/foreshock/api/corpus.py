@@ -7,7 +7,9 @@ results are broken down by family. It never becomes a feature.
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -63,7 +65,7 @@ class CorpusRun:
     steps: npt.NDArray[np.int64]
     signals: FloatArray
     loss: FloatArray
-    features: FloatArray
+    features: npt.NDArray[np.float32]
     detected: BoolArray
     label: RunLabel
 
@@ -101,12 +103,15 @@ class CorpusRun:
         return time, observed
 
 
-def load_corpus(folder: Path, settings: FeatureSettings | None = None) -> list[CorpusRun]:
+def load_corpus(
+    folder: Path, settings: FeatureSettings | None = None, *, processes: int = 1
+) -> list[CorpusRun]:
     """Read, label and extract features of every run.
 
     Args:
         folder: With `runs.jsonl` and `shards/*.parquet`.
         settings: Of the features.
+        processes: That share the shards.
 
     Raises:
         CorpusError: Files or columns are missing, or a run stands in only one of them.
@@ -115,9 +120,14 @@ def load_corpus(folder: Path, settings: FeatureSettings | None = None) -> list[C
     shards = sorted((folder / "shards").glob("*.parquet"))
     if not shards:
         raise CorpusError(f"{folder / 'shards'} has no .parquet files; run `foreshock sweep` first")
-    runs: list[CorpusRun] = []
-    for shard in shards:
-        runs += _read_shard(shard, index, settings)
+    jobs = [(shard, index, settings) for shard in shards]
+    if processes > 1 and len(shards) > 1:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(processes, len(shards)), mp_context=context) as pool:
+            parts = list(pool.map(_read_shard, *zip(*jobs, strict=True)))
+    else:
+        parts = [_read_shard(*job) for job in jobs]
+    runs = [run for part in parts for run in part]
     if not runs:
         raise CorpusError(f"no run of {folder / 'runs.jsonl'} stands in the shards")
     return runs
@@ -177,7 +187,8 @@ def _make_run(
         steps=steps,
         signals=signals,
         loss=loss,
-        features=extract_run(steps, signals, settings),
+        # Halves the memory of a thousand runs; the features mean nothing beyond three digits.
+        features=extract_run(steps, signals, settings).astype(np.float32),
         detected=_detected(steps, loss),
         label=label,
     )
@@ -226,16 +237,16 @@ class TrainingRows:
 
 
 def training_rows(
-    runs: Sequence[CorpusRun], *, near: int = 101, keep_near: int = 3, keep_far: int = 12
+    runs: Sequence[CorpusRun], *, near: int = 101, most: int = 20_000
 ) -> TrainingRows:
     """Choose rows: neighbours say nearly the same, above all far from an onset.
 
     Args:
         runs: The runs.
         near: Rows up to so many steps before an onset are thinned less.
-        keep_near: Every so many of them is kept.
-        keep_far: Every so many of the others.
+        most: About so many rows are kept in all: two fifths near an onset, the rest far from one.
     """
+    every_near, every_far = _thinning(runs, near, most)
     features, times, weights, groups, names = [], [], [], [], []
     for run in runs:
         time, observed = run.times()
@@ -244,7 +255,7 @@ def training_rows(
         far = judged[time[judged] > near]
         # The ten steps before an onset are few and the only ones of the first interval.
         last, close = close[time[close] <= 11], close[time[close] > 11]
-        for rows, every in ((last, 1), (close, keep_near), (far, keep_far)):
+        for rows, every in ((last, 1), (close, every_near), (far, every_far)):
             chosen = rows[::-every]
             features.append(run.features[chosen])
             times.append(np.stack([time[chosen], observed[chosen]], axis=1))
@@ -252,9 +263,19 @@ def training_rows(
             groups.append(np.full(len(chosen), run.group, dtype=object))
             names.append(np.full(len(chosen), run.name, dtype=object))
     return TrainingRows(
-        features=np.concatenate(features),
+        features=np.concatenate(features).astype(np.float64),
         times=np.concatenate(times),
         weights=np.concatenate(weights),
         groups=np.concatenate(groups).astype(str),
         runs=np.concatenate(names).astype(str),
     )
+
+
+def _thinning(runs: Sequence[CorpusRun], near: int, most: int) -> tuple[int, int]:
+    """Every how many rows near an onset, and far from one, a row is kept."""
+    close = far = 0
+    for run in runs:
+        time = run.times()[0][run.judged]
+        close += int(np.count_nonzero(time <= near))
+        far += int(np.count_nonzero(time > near))
+    return 1 + int(close // (0.4 * most)), max(4, 1 + int(far // (0.6 * most)))

@@ -63,6 +63,7 @@ class LossDetector:
         self._above: deque[bool] = deque(maxlen=4)
         self._excursion: deque[float] = deque(maxlen=_DRIFT_MEMORY)
         self._since = 0
+        self._drifted = False
 
     def rebaseline(self) -> None:
         """A planned event: the level starts afresh."""
@@ -155,14 +156,20 @@ class LossDetector:
             return None
         now = _median(self._recent)
         lost = now - self._best
-        if lost <= _DRIFT_SHARE * self._progress() or lost <= 0.03 * abs(self._best):
+        if not self._has_drifted(now, lost):
+            self._drifted = False
             return None
-        sigma = 1.4826 * _median([abs(value - now) for value in self._recent])
-        if lost <= 4 * sigma:
-            return None
+        self._drifted = True
         return Detection(
             detected=True, reason=f"loss {now:.4g} drifted up from its best, {self._best:.4g}"
         )
+
+    def _has_drifted(self, now: float, lost: float) -> bool:
+        if self._drifted:  # half of it must come back
+            return lost > 0.5 * _DRIFT_SHARE * self._progress()
+        if lost <= max(_DRIFT_SHARE * self._progress(), 0.03 * abs(self._best)):
+            return False
+        return lost > 4 * 1.4826 * _median([abs(value - now) for value in self._recent])
 
 
 def _median(values: Iterable[float]) -> float:

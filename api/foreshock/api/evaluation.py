@@ -127,12 +127,15 @@ def evaluate(
     trials: dict[tuple[str, str], _Trial] = {}
     answers: dict[str, list[tuple[CorpusRun, FloatArray]]] = {name: [] for name in heads}
     clock: list[tuple[CorpusRun, FloatArray]] = []
+    published = {
+        name: {run.name: score(run.signals) for run in runs} for name, score in BASELINES.items()
+    }
     for number, (train, test) in enumerate(_folds(runs, folds)):
         progress(f"fold {number + 1} of {folds}")
         for name in heads:
             _try_head(name, train, test, prototype, trials, answers[name])
-        for name, score in BASELINES.items():
-            _try_baseline(name, score, train, test, trials)
+        for name, scores in published.items():
+            _try_baseline(name, scores, train, test, trials)
         _try_clock(train, test, trials, clock)
     alarms = [_figures(method, budget, trial) for (method, budget), trial in trials.items()]
     return Evaluation(
@@ -228,13 +231,13 @@ def _try_head(
 
 def _try_baseline(
     name: str,
-    score: Callable[[FloatArray], FloatArray],
+    scores: Mapping[str, FloatArray],
     train: Sequence[CorpusRun],
     test: Sequence[CorpusRun],
     trials: dict[tuple[str, str], _Trial],
 ) -> None:
-    series = [Series(score(run.signals)[run.judged], run.healthy[run.judged]) for run in train]
-    _apply(name, series, test, [score(run.signals) for run in test], trials)
+    series = [Series(scores[run.name][run.judged], run.healthy[run.judged]) for run in train]
+    _apply(name, series, test, [scores[run.name] for run in test], trials)
 
 
 def _try_clock(

@@ -32,6 +32,14 @@ _TENSORS: Final = tuple(name for name in TENSOR_SIGNALS if name != "nonfinite_te
 _FLAGS: Final = ("loss_nonfinite", "grad_norm_nonfinite", "nonfinite_tensors")
 _SCALAR_VIEWS: Final = ("short", "medium", "slow", "change", "now", "noise")
 _TENSOR_VIEWS: Final = ("short", "medium", "slow", "change")
+# Changes too small to matter, in the signal's unit (log2; decibels for sqnr): a signal without
+# noise, such as a parameter norm, moves by many of its own sigmas in any healthy run. Ratios near
+# zero stand on single elements.
+_FLOORS: Final = {"sqnr_db": 0.2, "overflow_ratio": 0.2, "underflow_ratio": 0.1}
+_SCALAR_FLOORS: Final = np.array([1e-6, 0.02, 0.02, 0.02])
+_TENSOR_FLOORS: Final = np.array([_FLOORS.get(name.split(".")[1], 0.03) for name in _TENSORS])
+_LOSS_FLOOR: Final = 2e-3
+"""The loss's: a share of its level."""
 _LOSS_EXTRA: Final = ("loss.above_best",)
 _ROLES: Final = ("input", "weight", "grad_output")
 _MOVES: Final = ("move", "strongest")
@@ -96,7 +104,9 @@ class FeatureSettings:
 class _Trackers:
     """Exponential means and noise of some channels; missing values leave a channel as it is."""
 
-    def __init__(self, channels: int, half_lives: tuple[float, ...]) -> None:
+    def __init__(self, floors: FloatArray, half_lives: tuple[float, ...]) -> None:
+        channels = floors.size
+        self._floors = floors
         # The last two rows track noise: recent (16 records) and usual (128).
         self._half_lives = np.array([*half_lives, 16.0, 128.0])[:, None]
         self._decay = np.exp2(-1.0 / self._half_lives)
@@ -134,8 +144,8 @@ class _Trackers:
         gain = fresh / np.maximum(self._weight, 1e-12)
         self._state += np.where(take, gain * residual, 0.0)
         self.count += seen
-        # 1.25 turns a mean absolute deviation into a sigma; the floor is float32's resolution.
-        self.usual_noise = 1.25 * self.noise[1] + 1e-6 * (1.0 + np.abs(self._state[2]))
+        # 1.25 turns a mean absolute deviation into a sigma.
+        self.usual_noise = 1.25 * self.noise[1] + self._floors
 
     def rebaseline(self) -> None:
         """Forget the level, keep the noise."""
@@ -162,8 +172,8 @@ class FeatureExtractor:
 
     def _clear(self) -> None:
         half_lives = self.settings.half_lives
-        self._scalars = _Trackers(len(_SCALARS), half_lives)
-        self._tensors = _Trackers(len(_TENSORS), half_lives)
+        self._scalars = _Trackers(_SCALAR_FLOORS, half_lives)
+        self._tensors = _Trackers(_TENSOR_FLOORS, half_lives)
         self._last_step: int | None = None
         self._records = 0
         self._muted = 0
@@ -214,6 +224,7 @@ class FeatureExtractor:
         scalars = signals[_SCALAR_COLUMNS]
         before = self._scalars.mean[2].copy()
         self._scalars.update(scalars)
+        self._scalars.usual_noise[0] += _LOSS_FLOOR * abs(self._scalars.mean[2, 0])
         self._update_tensors(signals[_TENSOR_COLUMNS])
         self._track_best(scalars[0])
         if self.missing is not None:

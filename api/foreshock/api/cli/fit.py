@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,7 +82,7 @@ def _load(folder: Path) -> list[CorpusRun]:
     from foreshock.api.corpus import CorpusError, load_corpus
 
     try:
-        return load_corpus(folder)
+        return load_corpus(folder, processes=os.cpu_count() or 1)
     except CorpusError as error:
         typer.echo(f"foreshock: {error}", err=True)
         raise typer.Exit(2) from None

@@ -138,24 +138,6 @@ def test_an_empty_batch_is_refused() -> None:
         read_batch(write_stream(SCHEMA.empty_table()), ARROW, LIMITS)
 
 
-def tensor(**members: object) -> dict[str, object]:
-    return {"layer": "a", "role": "input", "format": "e4m3", "numel": 1, **members}
-
-
-def test_a_tensor_that_stands_twice_names_its_record() -> None:
-    def body(*tensors: dict[str, object]) -> bytes:
-        time = "2026-01-01T00:00:00Z"
-        rows = [{"step": 0, "time": time}, {"step": 1, "time": time, "tensors": tensors}]
-        return json.dumps({"records": rows}).encode()
-
-    fine = (tensor(), tensor(expert=0), tensor(expert=1), tensor(what_if=True), tensor(layer="b"))
-    assert read_batch(body(*fine), JSON, LIMITS).num_rows == 2
-    for twice in (tensor(), tensor(expert=1), tensor(call_index=0), tensor(granularity="tensor")):
-        with pytest.raises(RecordError, match="twice") as caught:
-            read_batch(body(*fine, twice), JSON, LIMITS)
-        assert caught.value.index == 1
-
-
 @pytest.mark.parametrize("year", ["1969", "2200"])
 def test_times_the_store_cannot_hold_are_refused(year: str) -> None:
     rows = [{"step": 0, "time": f"{year}-12-31T00:00:00Z"}]

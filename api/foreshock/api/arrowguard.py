@@ -49,7 +49,9 @@ def read_guarded(body: bytes, limit: int) -> pa.Table:
 
 
 def _read(body: bytes) -> pa.Table:
-    with pa.ipc.open_stream(body) as reader:
+    # Requests are decoded side by side already.
+    options = pa.ipc.IpcReadOptions(use_threads=False)
+    with pa.ipc.open_stream(body, options=options) as reader:
         batches = []
         while (batch := _next(reader)) is not None:
             batches.append(batch)

@@ -14,12 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from foreshock.api.store_schema import NO_EXPERT
-from foreshock.monitor.record import SCHEMA, TENSOR_TYPE, flatten_tensors
+from foreshock.monitor.record import SCHEMA, TENSOR_TYPE, RecordError, flatten_tensors
 from foreshock.monitor.record.schema import EVENT_TYPE
 
 __all__ = ["BatchFacts", "Placed", "assemble_records", "place", "split", "widen"]
 
 _LABELS: Final = ("role", "format", "granularity")
+_IDENTITY: Final = ("layer", "call_index", "role", "expert", "format", "granularity", "what_if")
+# Below it the product with one more 32-bit column fits 64 bits.
+_DENSE_BELOW: Final = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,11 @@ class BatchFacts:
 
 
 def split(table: pa.Table) -> BatchFacts:
-    """Take a validated table of `SCHEMA` apart."""
+    """Take a validated table of `SCHEMA` apart.
+
+    Raises:
+        RecordError: A tensor stands twice in one record; one of the two would be lost.
+    """
     count = table.num_rows
     record = pa.array(np.arange(count, dtype=np.int64))
     steps = pa.table({"record": record, "step": table["step"], "time": table["time"]})
@@ -53,12 +60,41 @@ def split(table: pa.Table) -> BatchFacts:
     for name in ("layer", *_LABELS):
         index = tensors.schema.get_field_index(name)
         tensors = tensors.set_column(index, name, tensors[name].dictionary_encode())
+    tensors = tensors.combine_chunks()
+    if tensors.num_rows:
+        _refuse_twins(tensors)
     return BatchFacts(
         steps=steps.combine_chunks(),
         scalars=_scalars(table),
         events=_events(table),
-        tensors=tensors.combine_chunks(),
+        tensors=tensors,
     )
+
+
+def _refuse_twins(tensors: pa.Table) -> None:
+    code = tensors["record"].to_numpy()
+    for name in _IDENTITY:
+        values = _codes(tensors[name].chunk(0))
+        low, high = int(values.min()), int(values.max())
+        if low == high:
+            continue
+        if code.max() >= _DENSE_BELOW:
+            code = np.unique(code, return_inverse=True)[1]
+        code = code * (high - low + 1) + (values - low)
+    ordered = np.sort(code)
+    twins = ordered[1:] == ordered[:-1]
+    if twins.any():
+        row = int(np.flatnonzero(code == ordered[1:][twins][0])[0])
+        identity = {name: tensors[name][row].as_py() for name in _IDENTITY}
+        raise RecordError(f"a tensor stands twice: {identity}", tensors["record"][row].as_py())
+
+
+def _codes(column: pa.Array) -> np.ndarray[Any, np.dtype[np.int64]]:
+    if pa.types.is_dictionary(column.type):
+        column = column.indices
+    filled = pc.fill_null(column.cast(pa.int64()), -1)
+    values: np.ndarray[Any, np.dtype[np.int64]] = filled.to_numpy()
+    return values
 
 
 def _only_chunk(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:

@@ -9,15 +9,14 @@ import hashlib
 import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import zstandard
 
 from foreshock.api.arrowguard import BodyTooLarge, read_guarded
-from foreshock.monitor.record import RecordError, conform, flatten_tensors, json_to_table, validate
+from foreshock.monitor.record import RecordError, conform, json_to_table, validate
 
 __all__ = [
     "ARROW",
@@ -38,15 +37,10 @@ ENCODINGS: Final = ("identity", "gzip", "zstd")
 _PIECE: Final = 1024 * 1024
 # One block of zstd turns 4 bytes into 128 KiB at most, so that a piece makes at most 64 MiB.
 _ZSTD_PIECE: Final = 2048
-_IDENTITY: Final = ("layer", "call_index", "role", "expert", "format", "granularity", "what_if")
-# Below it the product with one more column's distinct values fits 64 bits.
-_DENSE_BELOW: Final = 2**31
 _MICROSECONDS: Final = pa.timestamp("us", tz="UTC")
 # What the store's column holds, with room on either side.
 _EARLIEST: Final = pa.scalar(datetime(1970, 1, 1, tzinfo=UTC), _MICROSECONDS)
 _LATEST: Final = pa.scalar(datetime(2200, 1, 1, tzinfo=UTC), _MICROSECONDS)
-
-Codes = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class UnknownEncoding(ValueError):
@@ -158,7 +152,6 @@ def read_batch(body: bytes, media_type: str, limits: BodyLimits) -> pa.Table:
     if table.num_rows == 0:
         raise RecordError("the batch holds no record")
     _check_times(table)
-    _check_tensors(table)
     return table
 
 
@@ -168,28 +161,3 @@ def _check_times(table: pa.Table) -> None:
     index = pc.index(bad, True).as_py()
     if index >= 0:
         raise RecordError("time is not between the years 1970 and 2200", index)
-
-
-def _check_tensors(table: pa.Table) -> None:
-    """Refuse a tensor that stands twice in one record: one of the two would be lost."""
-    tensors = flatten_tensors(table)
-    if tensors.num_rows == 0:
-        return
-    code = tensors["record"].to_numpy().astype(np.int64)
-    for name in _IDENTITY:
-        if code.max() >= _DENSE_BELOW:
-            code = np.unique(code, return_inverse=True)[1].astype(np.int64)
-        code = _combine(code, tensors[name])
-    _, first, counts = np.unique(code, return_index=True, return_counts=True)
-    if (counts > 1).any():
-        row = int(first[counts > 1].min())
-        identity = {name: tensors[name][row].as_py() for name in _IDENTITY}
-        raise RecordError(f"a tensor stands twice: {identity}", tensors["record"][row].as_py())
-
-
-def _combine(code: Codes, column: pa.ChunkedArray) -> Codes:
-    encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
-    values: Codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    return code * (int(values.max()) + 1) + values

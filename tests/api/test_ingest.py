@@ -196,6 +196,23 @@ def test_when_facts_do_not_get_in_nothing_is_acknowledged(
     assert parts.store.counts(run_id, exact=False)["tensor_stats"] == 15 * 6
 
 
+def test_a_disk_that_is_nearly_full_is_left_alone(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, launch = parts.launch()
+    made = Ingest(parts.registry, parts.store, NoListener(), min_free_bytes=1000)
+    made.start()
+    batch = incoming(run_id, launch, 1, make_records(0, 2))
+    monkeypatch.setattr(parts.store, "free_bytes", lambda: 999)
+    assert made.disk_full
+    with pytest.raises(Unavailable):
+        made.submit(batch).result(30)
+    assert parts.store.counts(run_id)["steps"] == 0
+    monkeypatch.setattr(parts.store, "free_bytes", lambda: 1000)
+    assert not made.submit(batch).result(30).duplicate
+    made.stop()
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_a_death_between_facts_and_ledger_leaves_nothing_twice(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, after: bool

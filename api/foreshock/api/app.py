@@ -142,6 +142,7 @@ def _open(settings: Settings, live: LiveFactory | None, stack: ExitStack) -> Ser
         group_seconds=settings.group_milliseconds / 1000,
         queue_batches=settings.queue_batches,
         queue_bytes=settings.queue_bytes,
+        min_free_bytes=settings.min_free_bytes,
     )
     ingest.start()
     analysis.start()

@@ -225,6 +225,7 @@ class Ingest:
         group_seconds: float = 0.02,
         queue_batches: int = 256,
         queue_bytes: int = 1024**3,
+        min_free_bytes: int = 0,
     ) -> None:
         self._registry = registry
         self._store = store
@@ -234,6 +235,7 @@ class Ingest:
         self._group_seconds = group_seconds
         self._queue: queue.Queue[_Job | None] = queue.Queue(queue_batches)
         self._queue_bytes = queue_bytes
+        self._min_free_bytes = min_free_bytes
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._stopping = False
@@ -263,6 +265,11 @@ class Ingest:
     def alive(self) -> bool:
         """Whether batches can still become durable."""
         return self._thread.is_alive() and not self._stopping
+
+    @property
+    def disk_full(self) -> bool:
+        """Whether too little disk is free to take batches."""
+        return self._store.free_bytes() < self._min_free_bytes
 
     @property
     def waiting(self) -> int:
@@ -350,6 +357,8 @@ class Ingest:
             jobs[0].future.set_exception(Unavailable("the batch could not be made durable"))
 
     def _store_group(self, jobs: Sequence[_Job]) -> None:
+        if self.disk_full:
+            raise StoreError(f"less than {self._min_free_bytes} bytes are free on the disk")
         if not self._clean:
             self._recover()
         plan = _Plan(self._registry, self._ledger, self._newest)

@@ -46,6 +46,8 @@ class Settings:
         max_decoded_bytes: Largest body once decompressed (Arrow buffers counted decompressed).
         max_json_bytes: Largest JSON body once decompressed; JSON costs far more memory than Arrow.
         retention_days: Records received longer ago are deleted; 0 keeps them.
+        min_free_bytes: Below so much free disk new batches get 503: the engine needs room to merge,
+            and does not survive a disk that is really full.
         fsync: Whether an acknowledged batch survives a power cut (else only a killed process).
         group_batches: Most batches in one INSERT.
         group_milliseconds: Longest wait for a group to fill.
@@ -71,6 +73,7 @@ class Settings:
     max_decoded_bytes: int = 256 * _MEBIBYTE
     max_json_bytes: int = 32 * _MEBIBYTE
     retention_days: int = 0
+    min_free_bytes: int = 512 * _MEBIBYTE
     fsync: bool = True
     group_batches: int = 32
     group_milliseconds: int = 20
@@ -131,6 +134,7 @@ _POSITIVE: Final = (
     "max_body_bytes",
     "max_decoded_bytes",
     "max_json_bytes",
+    "min_free_bytes",
     "group_batches",
     "group_milliseconds",
     "queue_batches",

@@ -6,6 +6,7 @@ Knows no HTTP and no ledger; ingest decides what is acknowledged.
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,6 +117,7 @@ class Store:
         Raises:
             StoreError: The folder cannot be used.
         """
+        self._path = path
         self._engine = Engine(path, limits or Limits())
         self._layer_names = layer_names
         self._facts = self._engine.writer()
@@ -131,6 +133,10 @@ class Store:
     def hung_seconds(self) -> float:
         """Above 0 when a query outlived its limit by more than ten seconds: restart the service."""
         return self._engine.hung_seconds()
+
+    def free_bytes(self) -> int:
+        """Free space on the disk of the store."""
+        return shutil.disk_usage(self._path).free
 
     # Writing: the ingest thread
 

@@ -24,6 +24,8 @@ async def healthz(services: ServicesDep, response: Response) -> Health:
 def readyz(services: ServicesDep, response: Response) -> Health:
     """Whether requests will be served now: as health, and the store answers."""
     faults = _faults(services)
+    if services.ingest.disk_full:
+        faults.append("the disk is nearly full; batches are not taken")
     if not faults:
         try:
             services.store.bounds(View(run_id=""))

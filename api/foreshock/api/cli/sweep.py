@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
 def sweep(
     out: Annotated[Path, typer.Option(help="Folder for shards/*.parquet and runs.jsonl.")],
     seed: Annotated[int, typer.Option(min=0, help="All randomness comes from it.")] = 0,
-    runs: Annotated[int, typer.Option(min=1, help="Runs to train.")] = 192,
+    runs: Annotated[int, typer.Option(min=1, help="Runs to train.")] = 256,
     minutes: Annotated[float, typer.Option(min=0.0, help="Start no stack that ends later.")] = 20.0,
     shard: Annotated[str, typer.Option(help="I/N: only every N-th stack, from the I-th.")] = "0/1",
     processes: Annotated[int, typer.Option(min=0, help="0: one per core.")] = 0,

@@ -19,6 +19,7 @@ SIGNAL_OF = {
     "ZClip": "grad_norm",
     "Megatron 10x": "grad_norm",
     "kurtosis slope": "input.kurtosis.max",
+    "update ratio growth": "update_ratio",
     "headroom": "weight.headroom_log2.min",
     "overflow": "input.overflow_ratio.max",
 }

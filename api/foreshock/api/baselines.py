@@ -127,6 +127,16 @@ def kurtosis_slope(signals: FloatArray) -> FloatArray:
     return np.asarray(scores)
 
 
+def update_growth(signals: FloatArray) -> FloatArray:
+    """Log update ratio over its median of the 128 records before: sees a runaway learning rate.
+
+    The strongest single rule where learning-rate failures are common; if it explains a win, the
+    report must show it.
+    """
+    values = _signal(signals, "update_ratio")
+    return np.asarray(values - _quantile(_trailing(values, _WINDOW)))
+
+
 def headroom_rule(signals: FloatArray) -> FloatArray:
     """How far beyond the format's largest value the worst tensor stands (negative headroom)."""
     roles = [f"{role}.headroom_log2.min" for role in ("input", "weight", "grad_output")]
@@ -148,6 +158,7 @@ BASELINES: Final[Mapping[str, Baseline]] = {
     "ZClip": zclip,
     "Megatron 10x": megatron_ten_times,
     "kurtosis slope": kurtosis_slope,
+    "update ratio growth": update_growth,
     "headroom": headroom_rule,
     "overflow": overflow_rule,
 }

@@ -1,3 +1,5 @@
+"""Which attempt a record belongs to: the definition against the incremental code."""
+
 from __future__ import annotations
 
 import numpy as np

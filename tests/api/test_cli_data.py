@@ -1,3 +1,5 @@
+"""foreshock import and export against a real service."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""Exactly once through a real registry and store, against a plain dict."""
+
 from __future__ import annotations
 
 import threading

@@ -93,7 +93,7 @@ class Clients:
                         log.acknowledged.append(sequence)
                         sequence, waiting = sequence + 1, False
             except httpx.TransportError:
-                time.sleep(0.05)
+                time.sleep(0.25)
 
 
 def same(a: StepRecord, b: StepRecord) -> bool:

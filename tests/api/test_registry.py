@@ -1,3 +1,5 @@
+"""Runs, launches, attempts, layers and the ledger in a real SQLite file."""
+
 from __future__ import annotations
 
 import math

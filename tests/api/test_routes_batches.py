@@ -1,3 +1,5 @@
+"""Announcing runs and sending batches to a real service over HTTP."""
+
 from __future__ import annotations
 
 import gzip

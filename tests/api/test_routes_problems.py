@@ -1,3 +1,5 @@
+"""Every error is a problem body, health says the truth, strangers stay out."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

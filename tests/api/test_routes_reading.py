@@ -1,3 +1,5 @@
+"""Runs, series, heatmap and records from a real service over HTTP."""
+
 from __future__ import annotations
 
 import csv

@@ -1,3 +1,5 @@
+"""The process: what it refuses at start, its token, and how it stops."""
+
 from __future__ import annotations
 
 import signal

@@ -1,3 +1,5 @@
+"""What the environment and the command line may say, and what is refused."""
+
 from __future__ import annotations
 
 from pathlib import Path

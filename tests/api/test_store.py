@@ -1,3 +1,5 @@
+"""The store through its own engine: what goes in comes out, whatever the view."""
+
 from __future__ import annotations
 
 import math

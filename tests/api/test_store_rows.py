@@ -1,3 +1,5 @@
+"""Taking batches apart: what cannot be told apart is refused."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The engine under readers and a writer for a minute, with a watchdog."""
+
 from __future__ import annotations
 
 import threading

@@ -1,3 +1,5 @@
+"""Bodies as they come from strangers: every encoding, cut, bomb and lie."""
+
 from __future__ import annotations
 
 import gzip

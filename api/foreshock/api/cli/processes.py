@@ -64,6 +64,11 @@ class Children:
         """A child's exit code, None while it runs."""
         return self._running[name].poll()
 
+    @staticmethod
+    def sleep() -> None:
+        """Wait a moment before the next look."""
+        time.sleep(_POLL_SECONDS)
+
     def tail(self, name: str, lines: int = 20) -> str:
         """The last lines that a child wrote."""
         text = (self._folder / f"{name}.log").read_text(errors="replace")
@@ -81,7 +86,7 @@ class Children:
                 raise ChildFailed(f"{name} ended early:\n{self.tail(name)}")
             if time.monotonic() > deadline:
                 raise ChildFailed(f"{name} gave no sign in {seconds:.0f} s:\n{self.tail(name)}")
-            time.sleep(_POLL_SECONDS)
+            self.sleep()
         return path.read_text().strip()
 
     def stop_all(self) -> None:

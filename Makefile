@@ -43,10 +43,10 @@ bench: setup-dev
 
 # On a machine with a CUDA device and its own torch; needs pytest there and nothing else installed.
 gpu-test:
-	PYTHONPATH=monitor:trainer:api $(PYTHON) -m pytest -q -m gpu tests/gpu
+	PYTHONPATH=.:monitor:trainer:api $(PYTHON) -m pytest -q -c tests/gpu/pytest.ini --noconftest tests/gpu
 
 gpu-bench:
-	PYTHONPATH=monitor:trainer:api $(PYTHON) benchmarks/monitor_overhead.py --device cuda
+	PYTHONPATH=.:monitor:trainer:api $(PYTHON) -m benchmarks.monitor_overhead --device cuda
 
 dashboards: setup-dev
 	$(BIN)/python -m dashboards.build

@@ -1,6 +1,6 @@
 """What the monitor costs: step time with it divided by step time without it.
 
-    python benchmarks/monitor_overhead.py [--rounds 20] [--threads N] [--markdown]
+    python -m benchmarks.monitor_overhead [--rounds 20] [--threads N] [--device cuda] [--markdown]
 
 Steps of every variant are taken in turn in one process, so that what else the machine does hits
 all of them alike; medians over rounds. A round is as many steps as lie between two measurements of
@@ -75,21 +75,31 @@ class Variant:
 
     step: Callable[[], None]
     watch: Watch | None
+    device: torch.device
 
     def seconds(self, steps: int) -> float:
         """Time of so many steps."""
+        self._wait()
         began = time.perf_counter()
         for _ in range(steps):
             self.step()
+        self._wait()
         return time.perf_counter() - began
 
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
-def plain_variant(every: int | None, spool: Path) -> Variant:
+
+Make = Callable[[int | None, Path, torch.device], Variant]
+
+
+def plain_variant(every: int | None, spool: Path, device: torch.device) -> Variant:
     """The transformer of nn.Linear, 1,024 tokens a step."""
     torch.manual_seed(0)
-    model = Transformer()
+    model = Transformer().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = torch.randint(256, (8, 129))
+    tokens = torch.randint(256, (8, 129)).to(device)
 
     def step() -> None:
         model(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -97,29 +107,29 @@ def plain_variant(every: int | None, spool: Path) -> Variant:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Variant(step, watched(model, optimizer, every, spool))
+    return Variant(step, watched(model, optimizer, every, spool), device)
 
 
-def trainer_variant(config: RunConfig) -> Callable[[int | None, Path], Variant]:
+def trainer_variant(config: RunConfig) -> Make:
     """A run of our own trainer, without its loop's bookkeeping."""
 
-    def make(every: int | None, spool: Path) -> Variant:
+    def make(every: int | None, spool: Path, device: torch.device) -> Variant:
         torch.manual_seed(config.seed)
-        model = Decoder(config.model, config.precision)
+        model = Decoder(config.model, config.precision).to(device)
         optimizer = make_optimizer(model, config.optimizer)
         corpus = load_corpus(config.data.folder)
         steps = iter(range(10**9))
 
         def step() -> None:
             number = next(steps)
-            tokens = batch(corpus, config.data, config.seed, number, None)
+            tokens = batch(corpus, config.data, config.seed, number, None).to(device)
             model.begin_step(number, None)
             model(tokens[:, :-1], tokens[:, 1:]).backward()
             clip_gradients(model, config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return Variant(step, watched(model, optimizer, every, spool))
+        return Variant(step, watched(model, optimizer, every, spool), device)
 
     return make
 
@@ -133,11 +143,11 @@ def watched(
     return watch(model, optimizer, run=f"every-{every}", spool=spool, tensor_every=every)
 
 
-def ratios(make: Callable[[int | None, Path], Variant], rounds: int) -> Iterator[tuple[str, float]]:
+def ratios(make: Make, rounds: int, device: torch.device) -> Iterator[tuple[str, float]]:
     """Step time without a monitor in milliseconds, then the ratio per cadence."""
     longest = max(CADENCES)
     with tempfile.TemporaryDirectory() as folder:
-        variants = {every: make(every, Path(folder)) for every in (None, *CADENCES)}
+        variants = {every: make(every, Path(folder), device) for every in (None, *CADENCES)}
         for variant in variants.values():
             variant.seconds(longest)
         times: dict[int | None, list[float]] = {every: [] for every in variants}
@@ -162,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -171,7 +182,7 @@ def main() -> None:
         "llama_cpu, emulated FP8": trainer_variant(llama_cpu()),
     }
     for number, (name, make) in enumerate(models.items()):
-        cells = dict(ratios(make, options.rounds))
+        cells = dict(ratios(make, options.rounds, options.device))
         if options.markdown:
             if number == 0:
                 print("| model | " + " | ".join(cells) + " |\n|---" * 1 + "|---" * len(cells) + "|")

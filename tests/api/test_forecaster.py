@@ -91,14 +91,12 @@ def test_the_prior_shifts_every_probability() -> None:
     assert rare.base_rate_ == usual.base_rate_ > 1e-4
     assert np.all(rare.predict_cumulative(x)[:, :2] < usual.predict_cumulative(x)[:, :2])
     row = x[0]
-    np.testing.assert_allclose(
-        usual.live().explain(row, prior=1e-5)[0], rare.live().explain(row)[0]
-    )
+    np.testing.assert_allclose(usual.explain(row, prior=1e-5)[0], rare.explain(row)[0])
 
 
 def test_one_row_is_explained_as_a_batch_is_predicted(fitted: DivergenceForecaster) -> None:
     row = np.array([3.0, -1.0])
-    middle, low, high, parts = fitted.live().explain(row)
+    middle, low, high, parts = fitted.explain(row)
     expected = fitted.predict_with_band(row[None])
     for one, other in zip((middle, low, high), expected, strict=True):
         np.testing.assert_allclose(one, other[0], rtol=1e-9)

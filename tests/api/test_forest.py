@@ -8,7 +8,6 @@ import pytest
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from foreshock.api.forest import Forest
-from foreshock.api.live_model import LiveModel
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -37,34 +36,20 @@ def test_scores_are_scikit_learns(
     assert Forest.of(models).scores(data[:0]).shape == (0, 2)
 
 
-def test_one_row_gives_the_same_and_its_parts_add_up(
+def test_parts_add_up_to_the_score(
     data: FloatArray, models: list[HistGradientBoostingClassifier]
 ) -> None:
     forest = Forest.of(models)
-    live = LiveModel([forest, forest], [1.0, 1.0], [0.0, -1.0], horizons=3, base_rate=1e-3)
     usual = forest.start + forest.mean[forest.roots].sum(axis=1)
     for row in data[:20]:
-        scores = forest.scores(row[None])[0]
-        middle, low, high, parts = live.explain(row)
-        first = 1 / (1 + np.exp(-scores.mean()))
-        second = 1 / (1 + np.exp(1 - scores.mean()))
-        np.testing.assert_allclose(middle[:2], [first, 1 - (1 - first) * (1 - second)], rtol=1e-9)
-        assert np.isnan(middle[2])
-        assert np.all(low[:2] <= middle[:2])
-        assert np.all(middle[:2] <= high[:2])
+        scores, parts = forest.explain(row)
+        np.testing.assert_allclose(scores, forest.scores(row[None])[0], rtol=1e-9)
         assert parts.sum() == pytest.approx(float((scores - usual).mean()), abs=1e-9)
     assert abs(parts[5]) < np.abs(parts[:3]).max()
 
 
-def test_arrays_are_the_whole_forest(
-    data: FloatArray, models: list[HistGradientBoostingClassifier]
-) -> None:
+def test_arrays_are_the_whole_forest(models: list[HistGradientBoostingClassifier]) -> None:
     forest = Forest.of(models)
     again = Forest(**forest.arrays())
-    np.testing.assert_array_equal(again.scores(data), forest.scores(data))
-
-
-def test_nothing_supported_says_nothing() -> None:
-    middle, _, _, parts = LiveModel([], [], [], horizons=3, base_rate=0.0).explain(np.zeros(4))
-    assert np.isnan(middle).all()
-    assert parts.tolist() == [0.0] * 4
+    row = np.zeros(6)
+    np.testing.assert_array_equal(again.explain(row)[1], forest.explain(row)[1])

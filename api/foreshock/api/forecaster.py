@@ -6,6 +6,7 @@ store and no alarm: thresholds are chosen elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,7 +20,6 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from foreshock.api.forest import Forest
-from foreshock.api.live_model import LiveModel
 
 __all__ = ["DivergenceForecaster", "NotEnoughDataError"]
 
@@ -236,11 +236,12 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         ]
         return np.stack(parts, axis=1) + self._prior_shift()
 
-    def _prior_shift(self) -> float:
+    def _prior_shift(self, prior: float | None = None) -> float:
         """Log-odds that turn the training rate into the prior."""
-        if self.prior is None or self.base_rate_ <= 0:
+        wanted = prior if prior is not None else self.prior
+        if wanted is None or self.base_rate_ <= 0:
             return 0.0
-        return float(np.log(self.prior / self.base_rate_))
+        return float(np.log(wanted / self.base_rate_))
 
     def held_out_cumulative(self, X: npt.ArrayLike, group: object) -> FloatArray:
         """As `predict_cumulative`, from the one model that has not seen the group.
@@ -274,17 +275,45 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
                 result[index, :, :count] = 1.0 - np.cumprod(1.0 - hazard, axis=-1)
         return result[0], result[1], result[2]
 
-    def live(self) -> LiveModel:
-        """The same model, made for one row at a time."""
-        check_is_fitted(self, "supported_")
-        shift = self._prior_shift()
-        return LiveModel(
-            [Forest(**m["forest"]) for m in self._models],
-            [m["slope"] for m in self._models],
-            [m["shift"] + shift for m in self._models],
-            horizons=len(self.horizons),
-            base_rate=self.base_rate_ if self.prior is None else self.prior,
-        )
+    def explain(
+        self, row: FloatArray, *, prior: float | None = None
+    ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+        """One row, for the live path: probability, band and what each feature adds.
+
+        Args:
+            row: (features,) as fitted; not validated.
+            prior: Expected onsets per step here, in place of the estimator's own.
+
+        Returns:
+            Probability, low and high per horizon, and contributions (features,): log-odds added to
+            the hazard of the longest supported interval of at most 100 steps.
+        """
+        count = row.size
+        horizons = len(self.horizons)
+        middle, low, high = (np.full(horizons, np.nan) for _ in range(3))
+        if not self._models:
+            return middle, low, high, np.zeros(count)
+        basis = _basis(row)
+        shift = self._prior_shift(prior)
+        ends = [1.0, 1.0, 1.0]
+        parts = np.zeros(count)
+        for index, model in enumerate(self._models):
+            values, gained = Forest(**model["forest"]).explain(basis)
+            scores = (model["slope"] * values + model["shift"]).tolist()
+            if index <= 1:
+                parts = model["slope"] * gained
+            centre = sum(scores) / len(scores)
+            variance = sum((s - centre) ** 2 for s in scores) / len(scores)
+            spread = 1.96 * math.sqrt((len(scores) - 1) * variance)
+            for place, offset in enumerate((0.0, -spread, spread)):
+                ends[place] *= _complement(centre + shift + offset)
+            middle[index], low[index], high[index] = (1.0 - end for end in ends)
+        return middle, low, high, parts
+
+
+def _complement(log_odds: float) -> float:
+    """1 - probability."""
+    return 1.0 / (1.0 + math.exp(min(max(log_odds, -60.0), 60.0)))
 
 
 def _times(y: npt.ArrayLike, rows: int) -> tuple[FloatArray, FloatArray]:

@@ -18,7 +18,6 @@ from foreshock.api.alerts import PLANNED_EVENTS, AlertMachine
 from foreshock.api.artifact import HEADS, Artifact, Head, load_shipped
 from foreshock.api.detection import Detection, LossDetector
 from foreshock.api.features import FEATURES, SIGNAL_OF_FEATURE, FeatureExtractor
-from foreshock.api.live_model import LiveModel, RowAnswer
 from foreshock.api.signals import summarise, worst_layers
 from foreshock.monitor.record import (
     HORIZONS,
@@ -77,7 +76,6 @@ class LocalScorer:
         self._detector = LossDetector()
         self._machine = AlertMachine(None, self._artifact.alerts if self._artifact else None)
         self._layers: dict[str, str] = {}
-        self._models: dict[str, LiveModel] = {}
         self.features: FloatArray | None = None
 
     def __call__(self, record: StepRecord) -> Risk:
@@ -171,18 +169,15 @@ class LocalScorer:
         name = next((n for n in HEADS if self._usable(n, self.features)), None)
         if name is None:
             return self._silent("neither loss, gradient norm nor tensors in the recent records")
-        if name not in self._models:
-            self._models[name] = self._artifact.heads[name].forecaster.live()
-        answer = self._models[name].explain(self.features[_COLUMNS[name]], prior=self._prior)
-        return self._read(self._artifact.heads[name], self._artifact.budget, answer)
+        return self._ask(self._artifact, self._artifact.heads[name], self.features[_COLUMNS[name]])
 
     def _usable(self, name: str, features: FloatArray) -> bool:
         assert self._artifact is not None
         head = self._artifact.heads.get(name)
         return head is not None and bool(np.isfinite(features[_NEEDS[name]]).any())
 
-    def _read(self, head: Head, budget: str, answer: RowAnswer) -> _Forecast:
-        middle, low, high, contributions = answer
+    def _ask(self, artifact: Artifact, head: Head, row: FloatArray) -> _Forecast:
+        middle, low, high, contributions = head.forecaster.explain(row, prior=self._prior)
         probability: dict[int, float | None] = {}
         reasons: dict[int, str] = {}
         band: dict[int, tuple[float, float]] = {}
@@ -200,7 +195,7 @@ class LocalScorer:
             band=band,
             drivers=self._drivers(contributions),
             alarm=None if at is None else probability.get(at),
-            threshold=head.thresholds.get(budget),
+            threshold=head.thresholds.get(artifact.budget),
         )
 
     def _drivers(self, contributions: FloatArray) -> tuple[Driver, ...]:

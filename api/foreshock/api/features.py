@@ -27,8 +27,7 @@ __all__ = [
 
 FloatArray = npt.NDArray[np.float64]
 
-# Parameter norms grow smoothly in every run: they tell its age and its optimizer, not its health.
-_SCALARS: Final = ("loss", "grad_norm", "update_ratio")
+_SCALARS: Final = ("loss", "grad_norm", "update_ratio", "param_norm")
 _TENSORS: Final = tuple(name for name in TENSOR_SIGNALS if name != "nonfinite_tensors")
 _FLAGS: Final = ("loss_nonfinite", "grad_norm_nonfinite", "nonfinite_tensors")
 _SCALAR_VIEWS: Final = ("short", "medium", "slow", "change", "now", "noise")
@@ -37,7 +36,7 @@ _TENSOR_VIEWS: Final = ("short", "medium", "slow", "change")
 # noise, such as a parameter norm, moves by many of its own sigmas in any healthy run. Ratios near
 # zero stand on single elements.
 _FLOORS: Final = {"sqnr_db": 0.2, "overflow_ratio": 0.2, "underflow_ratio": 0.1}
-_SCALAR_FLOORS: Final = np.array([1e-6, 0.02, 0.02])
+_SCALAR_FLOORS: Final = np.array([1e-6, 0.02, 0.02, 0.02])
 _TENSOR_FLOORS: Final = np.array([_FLOORS.get(name.split(".")[1], 0.03) for name in _TENSORS])
 _LOSS_FLOOR: Final = 2e-3
 """The loss's: a share of its level."""

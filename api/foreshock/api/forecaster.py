@@ -14,12 +14,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator
-from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
-
-from foreshock.api.forest import Forest
 
 __all__ = ["DivergenceForecaster", "NotEnoughDataError"]
 
@@ -43,20 +40,20 @@ class _Interval:
 class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
     """P(the loss starts to diverge within h steps), for several h at once.
 
-    With gap g and horizons h1 < h2 < ..., boosted trees per interval (g, g + h1],
-    (g + h1, g + h2], ... give the hazard of an onset there among rows that are still at risk. Rows
+    With gap g and horizons h1 < h2 < ..., one logistic model per interval (g, g + h1],
+    (g + h1, g + h2], ... gives the hazard of an onset there among rows that are still at risk. Rows
     whose run ended inside an interval without an onset say nothing about it and are dropped. The
     cumulative probability 1 - prod(1 - hazard) never decreases with the horizon.
 
-    Features are expected to be zero when nothing moves, so a missing one (NaN) counts as zero.
-    Every interval is fitted on k folds of groups; the folds' models are averaged, their out-of-fold
-    scores calibrate the average, and their spread (delete-a-group jackknife) gives the band.
+    Features are expected to be zero when nothing moves, so a missing one (NaN) counts as zero; each
+    enters as signed log and as its magnitude. Every interval is fitted on k folds of groups; the
+    folds' models are averaged, their out-of-fold scores calibrate the average, and their spread
+    (delete-a-group jackknife) gives the band.
 
     Args:
         horizons: Rising, in steps.
         gap: Steps between a row and the first step the forecast speaks of.
-        iterations: Trees per model.
-        smallest_leaf: Fewest rows in a leaf.
+        strength: Inverse regularisation (C of `LogisticRegression`).
         folds: Folds of groups.
         min_runs: An interval with fewer runs that have an onset in it, or fewer that pass through
             it, is not supported.
@@ -76,17 +73,15 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         *,
         horizons: Sequence[int] = (10, 100, 1000),
         gap: int = 1,
-        iterations: int = 80,
-        smallest_leaf: int = 80,
-        folds: int = 4,
+        strength: float = 0.01,
+        folds: int = 5,
         min_runs: int = 10,
         prior: float | None = None,
         random_state: int = 0,
     ) -> None:
         self.horizons = horizons
         self.gap = gap
-        self.iterations = iterations
-        self.smallest_leaf = smallest_leaf
+        self.strength = strength
         self.folds = folds
         self.min_runs = min_runs
         self.prior = prior
@@ -128,10 +123,12 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         if not np.sum(weight) > 0 or np.any(weight < 0):
             raise ValueError("sample_weight: allowed are weights from 0 on that are not all zero")
         basis = _basis(data)
+        self._scale = np.maximum(np.sqrt(np.average(basis**2, axis=0, weights=weight)), 0.05)
+        basis = basis / self._scale
         fold = _fold_of(label, self.folds, self.random_state)
         self.fold_of_group_ = dict(zip(label.tolist(), fold.tolist(), strict=True))
         self.reasons_: dict[int, str] = {}
-        self._models: list[dict[str, Any]] = []
+        self._models: list[dict[str, FloatArray]] = []
         for index, interval in enumerate(self._intervals()):
             at_risk, event = _outcome(interval, time, observed)
             reason = self._unsupported(run[at_risk], event[at_risk], fold[at_risk], interval)
@@ -155,8 +152,8 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         horizons = list(self.horizons)
         if not horizons or horizons != sorted(set(horizons)) or horizons[0] <= 0:
             raise ValueError(f"horizons is {self.horizons}; allowed: positive and rising")
-        if self.gap < 0 or self.folds < 2 or self.min_runs < 2 or self.iterations < 1:
-            raise ValueError("allowed: gap >= 0, folds >= 2, min_runs >= 2, iterations >= 1")
+        if self.gap < 0 or self.folds < 2 or self.min_runs < 2 or self.strength <= 0:
+            raise ValueError("allowed: gap >= 0, folds >= 2, min_runs >= 2, strength > 0")
         if self.prior is not None and not 0 < self.prior < 1:
             raise ValueError(f"prior is {self.prior}; allowed: onsets per step, in (0, 1), or None")
 
@@ -192,32 +189,24 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         event: BoolArray,
         weight: FloatArray,
         fold: IntArray,
-    ) -> dict[str, Any]:
-        """Trees of every fold, and the calibration of their held-out scores."""
-        models = []
+    ) -> dict[str, FloatArray]:
+        coefficients, intercepts = [], []
         score = np.full(len(basis), np.nan)
         for part in range(self.folds):
             train = at_risk & (fold != part)
-            model = HistGradientBoostingClassifier(
-                max_iter=self.iterations,
-                learning_rate=0.08,
-                max_leaf_nodes=12,
-                max_depth=5,
-                min_samples_leaf=self.smallest_leaf,
-                l2_regularization=10.0,
-                max_features=0.3,
-                early_stopping=False,
-                random_state=self.random_state,
-            )
-            # Weights of mean 1, so that the penalty means the same whatever the sampling.
+            model = LogisticRegression(C=self.strength, solver="newton-cholesky", max_iter=200)
+            # Weights of mean 1, so that `strength` means the same whatever the sampling.
             share = weight[train] / weight[train].mean()
             model.fit(basis[train], event[train], sample_weight=share)
-            models.append(model)
-            held_out = at_risk & (fold == part)
-            if held_out.any():
-                score[held_out] = Forest.of([model]).scores(basis[held_out])[:, 0]
+            coefficients.append(model.coef_[0])
+            intercepts.append(float(model.intercept_[0]))
+            held_out = fold == part
+            score[held_out] = basis[held_out] @ coefficients[-1] + intercepts[-1]
         slope, shift = _calibrate(score[at_risk], event[at_risk], weight[at_risk])
-        return {"forest": Forest.of(models).arrays(), "slope": slope, "shift": shift}
+        return {
+            "coefficients": slope * np.array(coefficients),
+            "intercepts": slope * np.array(intercepts) + shift,
+        }
 
     def decision_function(self, X: npt.ArrayLike) -> FloatArray:
         """Calibrated log-odds of the hazards: (rows, supported intervals, folds)."""
@@ -230,10 +219,8 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
     def _scores(self, data: FloatArray) -> FloatArray:
         if not self._models:
             return np.empty((len(data), 0, self.folds))
-        basis = _basis(data)
-        parts = [
-            m["slope"] * Forest(**m["forest"]).scores(basis) + m["shift"] for m in self._models
-        ]
+        basis = _basis(data) / self._scale
+        parts = [basis @ m["coefficients"].T + m["intercepts"] for m in self._models]
         return np.stack(parts, axis=1) + self._prior_shift()
 
     def _prior_shift(self, prior: float | None = None) -> float:
@@ -293,22 +280,20 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         middle, low, high = (np.full(horizons, np.nan) for _ in range(3))
         if not self._models:
             return middle, low, high, np.zeros(count)
-        basis = _basis(row)
+        basis = _basis(row) / self._scale
         shift = self._prior_shift(prior)
         ends = [1.0, 1.0, 1.0]
-        parts = np.zeros(count)
         for index, model in enumerate(self._models):
-            values, gained = Forest(**model["forest"]).explain(basis)
-            scores = (model["slope"] * values + model["shift"]).tolist()
-            if index <= 1:
-                parts = model["slope"] * gained
+            scores = (model["coefficients"] @ basis + model["intercepts"]).tolist()
             centre = sum(scores) / len(scores)
             variance = sum((s - centre) ** 2 for s in scores) / len(scores)
             spread = 1.96 * math.sqrt((len(scores) - 1) * variance)
             for place, offset in enumerate((0.0, -spread, spread)):
                 ends[place] *= _complement(centre + shift + offset)
             middle[index], low[index], high[index] = (1.0 - end for end in ends)
-        return middle, low, high, parts
+        weights = self._models[min(1, len(self._models) - 1)]["coefficients"].mean(axis=0)
+        product = weights * basis
+        return middle, low, high, product[:count] + product[count:]
 
 
 def _complement(log_odds: float) -> float:
@@ -326,8 +311,10 @@ def _times(y: npt.ArrayLike, rows: int) -> tuple[FloatArray, FloatArray]:
 
 
 def _basis(data: FloatArray) -> FloatArray:
-    """Missing = 0 = as usual."""
-    return np.where(np.isnan(data), 0.0, data)
+    """Signed log of each feature and its magnitude; missing = 0 = as usual."""
+    signed = np.sign(data) * np.log1p(np.abs(data))
+    signed = np.where(np.isnan(signed), 0.0, signed)
+    return np.concatenate([signed, np.abs(signed)], axis=-1)
 
 
 def _outcome(

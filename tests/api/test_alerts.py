@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreshock.api.alerts import AlertMachine, AlertSettings, count_alarms
+from foreshock.api.alerts import AlertMachine, AlertSettings, alarm_starts
 
 
 def states(machine: AlertMachine, values: Sequence[float | None]) -> list[str]:
@@ -68,9 +70,26 @@ def test_what_was_high_before_a_planned_event_does_not_count() -> None:
     assert states(machine, [0.9]) == ["pending"]
 
 
+SCORES = st.lists(st.sampled_from([0.0, 0.2, 0.3, 0.55, 0.9, math.nan]), max_size=120)
+
+
+@given(SCORES)
+def test_counts_alarms_as_the_machine_would_raise_them(scores: list[float]) -> None:
+    machine = AlertMachine(0.5)
+    expected = []
+    for index, score in enumerate(scores):
+        before = machine.state
+        value = None if math.isnan(score) else score
+        if machine.update(value, detected=False, suspected=False) == "firing" != before:
+            expected.append(index)
+    assert alarm_starts(np.array(scores), 0.5) == expected
+
+
 def test_counts_where_alarms_begin() -> None:
-    values: Sequence[float | None] = [0.0] * 5 + [0.9] * 5 + [0.0] * 12 + [0.9] * 3
-    assert count_alarms(values, 0.5) == [7, 24]
+    values = np.array([0.0] * 5 + [0.9] * 5 + [0.0] * 12 + [0.9] * 3)
+    assert alarm_starts(values, 0.5) == [7, 24]
+    with pytest.raises(ValueError, match="calm"):
+        alarm_starts(values, 0.5, AlertSettings(calm=2))
 
 
 @given(st.lists(st.floats(0, 1) | st.none(), max_size=60))

@@ -7,12 +7,14 @@ shows it) brings its own persistence and fires at once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from foreshock.monitor.record import AlertState, RiskKind
 
-__all__ = ["PLANNED_EVENTS", "AlertMachine", "AlertSettings", "count_alarms"]
+__all__ = ["PLANNED_EVENTS", "AlertMachine", "AlertSettings", "alarm_starts"]
 
 PLANNED_EVENTS = frozenset({"data_switch", "restart", "lr_change", "rollback"})
 """Events after which levels start afresh instead of alarming."""
@@ -103,14 +105,42 @@ class AlertMachine:
             self.kind = "forecast"
 
 
-def count_alarms(
-    probabilities: Sequence[float | None], threshold: float, settings: AlertSettings | None = None
+def alarm_starts(
+    scores: npt.NDArray[np.float64], threshold: float, settings: AlertSettings | None = None
 ) -> list[int]:
-    """Positions at which a machine with this threshold begins to fire on forecasts alone."""
-    machine = AlertMachine(threshold, settings)
-    starts = []
-    for index, probability in enumerate(probabilities):
-        before = machine.state
-        if machine.update(probability, detected=False, suspected=False) == "firing" != before:
-            starts.append(index)
+    """Positions at which a machine with this threshold begins to fire on forecasts alone.
+
+    The same as running `AlertMachine` over the scores, without running it: thresholds are searched
+    over hundreds of thousands of records.
+
+    Args:
+        scores: (T,), NaN = no forecast.
+        threshold: Scores from it on are high.
+        settings: Hysteresis; `calm` is at least `of`.
+
+    Raises:
+        ValueError: `calm` is below `of`.
+    """
+    settings = settings or AlertSettings()
+    if settings.calm < settings.of:
+        raise ValueError(f"calm is {settings.calm}; allowed here: {settings.of} or more")
+    with np.errstate(invalid="ignore"):
+        high = scores >= threshold
+        low = ~(scores >= settings.release * threshold)
+    if not high.any():
+        return []
+    sums = np.cumsum(high)
+    recent = sums - np.concatenate([np.zeros(settings.of, np.intp), sums])[: len(sums)]
+    fires = np.flatnonzero(high & (recent >= settings.need))
+    position = np.arange(len(scores))
+    last_loud = np.maximum.accumulate(np.where(low, -1, position))
+    quiet = np.flatnonzero(position - last_loud >= settings.calm)
+    starts: list[int] = []
+    free = 0
+    while (at := int(np.searchsorted(fires, free))) < len(fires):
+        starts.append(int(fires[at]))
+        calm = int(np.searchsorted(quiet, starts[-1]))
+        if calm == len(quiet):
+            break
+        free = int(quiet[calm]) + 1
     return starts

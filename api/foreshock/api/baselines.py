@@ -128,27 +128,27 @@ def kurtosis_slope(signals: FloatArray) -> FloatArray:
 
 
 def update_growth(signals: FloatArray) -> FloatArray:
-    """Log update ratio over its median of the 128 records before: sees a runaway learning rate.
+    """Update ratio over its median of the 128 records before: sees a runaway learning rate.
 
     The strongest single rule where learning-rate failures are common; if it explains a win, the
     report must show it.
     """
     values = _signal(signals, "update_ratio")
-    return np.asarray(values - _quantile(_trailing(values, _WINDOW)))
+    return np.asarray(np.exp2(values - _quantile(_trailing(values, _WINDOW))))
 
 
 def headroom_rule(signals: FloatArray) -> FloatArray:
-    """How far beyond the format's largest value the worst tensor stands (negative headroom)."""
+    """The worst tensor's scaled amax over the format's largest value (2 to the minus headroom)."""
     roles = [f"{role}.headroom_log2.min" for role in ("input", "weight", "grad_output")]
     columns = [-_signal(signals, name) for name in roles]
-    return np.asarray(np.fmax(np.fmax(columns[0], columns[1]), columns[2]))
+    return np.asarray(np.exp2(np.fmax(np.fmax(columns[0], columns[1]), columns[2])))
 
 
 def overflow_rule(signals: FloatArray) -> FloatArray:
-    """Largest share of overflowing elements (log2)."""
+    """Largest share of overflowing elements."""
     roles = [f"{role}.overflow_ratio.max" for role in ("input", "weight", "grad_output")]
     columns = [_signal(signals, name) for name in roles]
-    return np.asarray(np.fmax(np.fmax(columns[0], columns[1]), columns[2]))
+    return np.asarray(np.exp2(np.fmax(np.fmax(columns[0], columns[1]), columns[2])))
 
 
 BASELINES: Final[Mapping[str, Baseline]] = {

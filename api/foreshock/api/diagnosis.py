@@ -112,8 +112,8 @@ def diagnose(window: RunWindow) -> tuple[Cause, ...]:
     """Rank the causes of trouble at the end of a window.
 
     Args:
-        window: The latest records, the last being the moment of the question; the first third is
-            taken for normal.
+        window: The latest records, the last being the moment of the question; a stretch before its
+            middle is taken for normal.
 
     Returns:
         The likeliest cause first; empty when there are too few records to compare.
@@ -124,7 +124,7 @@ def diagnose(window: RunWindow) -> tuple[Cause, ...]:
     findings = (
         _learning_rate(window, moves),
         _scale(moves),
-        _outlier(moves),
+        _outlier(moves, consequence=_rate_rose(window)),
         _bad_data(window, moves),
         _Finding("unknown", 1.0, _what_moved(window, moves), moves.broadest()),
     )
@@ -201,9 +201,18 @@ def _scale(moves: Movements) -> _Finding:
     return _Finding("scale", score, text, ranked, "headroom_log2")
 
 
-def _outlier(moves: Movements) -> _Finding:
-    """One layer's outlier channels grow far ahead of the others'."""
+def _rate_rose(window: RunWindow) -> bool:
+    rate = move_of(window.steps, window.scalars.get("learning_rate"), log=True)
+    return rate is not None and rate.change > 0.2
+
+
+def _outlier(moves: Movements, *, consequence: bool) -> _Finding:
+    """One layer's outlier channels grow far ahead of the others'.
+
+    Large updates make outliers too, so they weigh less where the learning rate rose.
+    """
     best = _Finding("outlier", -1.0, "no layer's outliers stand out")
+    penalty = 2.5 if consequence else 0.5
     for statistic in ("channel_kurtosis", "kurtosis", "top_channel_share"):
         change = moves.peak_change(statistic)
         if not np.isfinite(change).any():
@@ -212,7 +221,9 @@ def _outlier(moves: Movements) -> _Finding:
         (layer, row), *others = by_layer
         del layer
         lead = float(change[row]) - (float(change[others[0][1]]) if others else 0.0)
-        score = 2.5 * min(float(change[row]), 2.0) * min(max(lead, 0.0), 1.0) - 0.5
+        score = 2.5 * min(float(change[row]), 2.0) * min(max(lead, 0.0), 1.0) - (
+            2.5 if consequence else 0.5
+        )
         if change[row] > 0.5 and moves.sigmas(statistic)[row] > 5 and score > best.score:
             text = (
                 f"{statistic} of {moves.name(row)} rose {2 ** float(change[row]):.3g} times over"

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from foreshock.api.alerts import count_alarms
+from foreshock.api.alerts import alarm_starts
 from foreshock.api.artifact import HEADS
 from foreshock.api.baselines import BASELINES, TimeOnlyHazard
 from foreshock.api.corpus import CorpusRun
@@ -276,8 +276,7 @@ def _apply(
             continue
         for run, score in zip(test, scores, strict=True):
             judged = np.flatnonzero(run.judged)
-            values: list[float | None] = [None if np.isnan(v) else float(v) for v in score[judged]]
-            starts = count_alarms(values, threshold)
+            starts = alarm_starts(score[judged], threshold)
             trial.runs.append(run)
             trial.alarms.append([int(run.steps[judged[i]]) for i in starts])
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.base import clone
 
-from foreshock.api.alerts import AlertSettings, count_alarms
+from foreshock.api.alerts import AlertSettings, alarm_starts
 from foreshock.api.artifact import HEADS, Artifact, Head
 from foreshock.api.corpus import CorpusRun, training_rows
 from foreshock.api.features import FEATURES
@@ -58,8 +58,7 @@ def false_alarms(series: Iterable[Series], threshold: float, settings: AlertSett
     for one in series:
         if not one.healthy.any() or not np.any(one.scores >= threshold):
             continue
-        values: list[float | None] = [None if np.isnan(v) else float(v) for v in one.scores]
-        total += sum(bool(one.healthy[i]) for i in count_alarms(values, threshold, settings))
+        total += sum(bool(one.healthy[i]) for i in alarm_starts(one.scores, threshold, settings))
     return total
 
 

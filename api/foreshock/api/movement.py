@@ -19,7 +19,8 @@ __all__ = ["Movements", "ScalarMove", "move_of", "movements_of"]
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
 
-_BASE_SHARE: Final = 0.34
+_BASE: Final = (0.25, 0.6)
+"""Between these shares a window is taken for normal: after a warm-up, before the trouble."""
 _RECENT: Final = 5
 _MOVED: Final = 5.0
 # Statistics compared as log2, with a floor; the others are logs already.
@@ -80,7 +81,7 @@ def move_of(
     if seen.size < 9:
         return None
     when, series = steps[seen], series[seen]
-    base = series[: max(4, int(_BASE_SHARE * seen.size))]
+    base = series[_base(seen.size)]
     level = float(np.median(base))
     sigma = 1.4826 * float(np.median(np.abs(base - level))) + 1e-3 * (1 + abs(level))
     recent = float(np.median(series[-_RECENT:]))
@@ -93,6 +94,11 @@ def move_of(
         jump=None if jump is None else int(when[jump]),
         jump_sigmas=height,
     )
+
+
+def _base(count: int) -> slice:
+    first = int(_BASE[0] * count)
+    return slice(first, max(first + 3, int(_BASE[1] * count)))
 
 
 def _jump(series: FloatArray, sigma: float) -> tuple[int | None, float]:
@@ -258,7 +264,7 @@ def movements_of(
     identities: Sequence[TensorIdentity],
     statistics: Mapping[str, FloatArray],
 ) -> Movements:
-    """Compare the last tensor records of a window with its first third.
+    """Compare the last tensor records of a window with an earlier part of it.
 
     Args:
         steps: (T,).
@@ -285,7 +291,7 @@ def _series_of(name: str, values: FloatArray) -> _Series:
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = values if floor is None else np.log2(values + floor)
     logs = np.clip(logs, -300.0, 300.0)
-    base = logs[: max(3, int(_BASE_SHARE * len(logs)))]
+    base = logs[_base(len(logs))]
     level = _median(base)
     spread = 1.4826 * _median(np.abs(base - level))
     recent = logs[-_RECENT:]

@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from foreshock.api.alerts import AlertSettings
-from foreshock.api.features import FEATURES, GRADIENT_FEATURES, LOSS_FEATURES, FeatureSettings
+from foreshock.api.features import (
+    FEATURES,
+    GRADIENT_FEATURES,
+    LOSS_FEATURES,
+    MOVE_FEATURES,
+    FeatureSettings,
+)
 from foreshock.api.forecaster import DivergenceForecaster
 from foreshock.api.skops_import import import_skops
 
 __all__ = ["HEADS", "Artifact", "ArtifactError", "Head", "load", "load_shipped", "save"]
 
 HEADS: Final[Mapping[str, tuple[str, ...]]] = {
-    "full": FEATURES,
+    # How far each role's statistics moved, not every statistic of its own: with some sixty events
+    # a weight for each of 249 features costs more than it knows (docs/forecast.md).
+    "full": (*LOSS_FEATURES, *GRADIENT_FEATURES, *MOVE_FEATURES),
     "gradient": (*LOSS_FEATURES, *GRADIENT_FEATURES),
     "loss": LOSS_FEATURES,
 }

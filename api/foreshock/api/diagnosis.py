@@ -221,9 +221,7 @@ def _outlier(moves: Movements, *, consequence: bool) -> _Finding:
         (layer, row), *others = by_layer
         del layer
         lead = float(change[row]) - (float(change[others[0][1]]) if others else 0.0)
-        score = 2.5 * min(float(change[row]), 2.0) * min(max(lead, 0.0), 1.0) - (
-            2.5 if consequence else 0.5
-        )
+        score = 2.5 * min(float(change[row]), 2.0) * min(max(lead, 0.0), 1.0) - penalty
         if change[row] > 0.5 and moves.sigmas(statistic)[row] > 5 and score > best.score:
             text = (
                 f"{statistic} of {moves.name(row)} rose {2 ** float(change[row]):.3g} times over"

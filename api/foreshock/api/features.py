@@ -18,6 +18,7 @@ __all__ = [
     "FEATURES",
     "GRADIENT_FEATURES",
     "LOSS_FEATURES",
+    "MOVE_FEATURES",
     "SIGNAL_OF_FEATURE",
     "TENSOR_FEATURES",
     "FeatureExtractor",
@@ -49,10 +50,13 @@ GRADIENT_FEATURES: Final = (
     *(f"{name}.{view}" for name in _SCALARS[1:] for view in _SCALAR_VIEWS),
     "grad_norm_nonfinite.recent",
 )
-TENSOR_FEATURES: Final = (
-    *(f"{name}.{view}" for name in _TENSORS for view in _TENSOR_VIEWS),
+MOVE_FEATURES: Final = (
     *(f"{role}.{move}" for role in _ROLES for move in _MOVES),
     "nonfinite_tensors.recent",
+)
+TENSOR_FEATURES: Final = (
+    *(f"{name}.{view}" for name in _TENSORS for view in _TENSOR_VIEWS),
+    *MOVE_FEATURES,
 )
 FEATURES: Final[tuple[str, ...]] = (*LOSS_FEATURES, *GRADIENT_FEATURES, *TENSOR_FEATURES)
 """Names of the entries of a feature vector: `<signal>.<view>`.

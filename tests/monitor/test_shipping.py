@@ -59,7 +59,9 @@ class FakeService:
 
     def steps(self) -> list[int]:
         return [
-            step for body in self.batches.values() for step in read_stream(body)["step"].to_pylist()
+            step
+            for body in list(self.batches.values())
+            for step in read_stream(body)["step"].to_pylist()
         ]
 
 

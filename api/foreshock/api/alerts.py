@@ -77,7 +77,10 @@ class AlertMachine:
         self._high.append(high)
         quiet = not detected and not suspected and self._below(probability)
         self._calm = self._calm + 1 if quiet else 0
-        alarm = detected or sum(self._high) >= self.settings.need
+        # Once the loss has left its band, whether it diverges is for detection to say: an alarm
+        # that begins then is no forecast.
+        alarm = detected or (sum(self._high) >= self.settings.need and not suspected)
+        began = alarm and self.state != "firing"
         if self.state == "firing":
             if self._calm >= self.settings.calm:
                 self.state, self._calm = "resolved", 0
@@ -88,7 +91,7 @@ class AlertMachine:
             self.state = "pending"
         elif self.state != "resolved" or self._calm >= self.settings.calm:
             self.state = "ok"
-        self._set_kind(detected=detected, suspected=suspected)
+        self._set_kind(detected=detected, suspected=suspected, began=began)
         return self.state
 
     def _below(self, probability: float | None) -> bool:
@@ -96,12 +99,12 @@ class AlertMachine:
             return True
         return probability < self.settings.release * self.threshold
 
-    def _set_kind(self, *, detected: bool, suspected: bool) -> None:
+    def _set_kind(self, *, detected: bool, suspected: bool, began: bool) -> None:
         if self.state in ("ok", "resolved"):
             self.kind = None
-        elif detected or (suspected and self.state == "pending" and not any(self._high)):
+        elif detected or (suspected and self.state == "pending"):
             self.kind = "detection"
-        elif self.kind is None:
+        elif began or self.state == "pending":
             self.kind = "forecast"
 
 

@@ -146,7 +146,7 @@ def test_without_a_model_it_detects_and_says_why_it_does_not_forecast() -> None:
 def test_a_planned_event_does_not_alarm(artifact: Artifact) -> None:
     def last_states(*, announced: bool) -> set[str]:
         scorer = LocalScorer(artifact)
-        states = set()
+        states: set[str] = set()
         for step in range(300):
             loss = 2 + 3 * math.exp(-step / 50) + 0.05 * math.sin(step**2) + 2.0 * (step >= 200)
             events = (Event("data_switch"),) if announced and step == 200 else ()

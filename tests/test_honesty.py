@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from foreshock.api.artifact import load_shipped
+from foreshock.api.fitting import version_of
 from foreshock.trainer import faults
 from foreshock.trainer.recipes import corpus, demo, is_demo
 from tests.api.service import Service, new_launch, post_run, put_records
@@ -86,3 +87,10 @@ def test_neither_name_nor_config_changes_an_answer(answers: list[dict[str, Any]]
     assert plain["causes"]
     assert any(value is not None for value in plain["probability"]["100"])
     assert plain == talkative
+
+
+def test_the_version_tells_models_apart() -> None:
+    artifact = load_shipped()
+    assert artifact is not None
+    assert artifact.version == version_of(sorted(artifact.fingerprints))
+    assert version_of(["a"]) != version_of(["b"])

@@ -30,6 +30,7 @@ __all__ = [
     "fit_head",
     "held_out_series",
     "threshold_for",
+    "version_of",
 ]
 
 FloatArray = npt.NDArray[np.float64]
@@ -173,15 +174,20 @@ def fit_artifact(
     """
     heads = {name: fit_head(name, runs, prototype) for name in HEADS}
     prints = sorted(run.fingerprint for run in runs)
-    digest = hashlib.sha256("".join(prints).encode()).hexdigest()[:12]
     supported = [b for b in reversed(BUDGETS) if heads["full"].thresholds.get(b) is not None]
     return Artifact(
         heads=heads,
-        version=f"first-light-{digest}",
+        version=version_of(prints),
         budget=supported[0] if supported else BUDGETS[-1],
         fingerprints=frozenset(prints),
         card=card | describe(runs, heads),
     )
+
+
+def version_of(fingerprints: Sequence[str]) -> str:
+    """Name of a model: a digest of its training runs and of the features that its heads see."""
+    seen = [*fingerprints, *(f"{head}:{name}" for head, names in HEADS.items() for name in names)]
+    return f"first-light-{hashlib.sha256(' '.join(seen).encode()).hexdigest()[:12]}"
 
 
 def describe(runs: Sequence[CorpusRun], heads: dict[str, Head]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", [7, 11, 23])
+@pytest.mark.parametrize("seed", [7, 1001, 1002])
 def test_the_demonstration_itself(seed: int, tmp_path: Path) -> None:
     """The risk rises before the loss, the alert arrives, the twin stays quiet."""
     log = tmp_path / "demo.log"

@@ -19,14 +19,12 @@ def test_wrong_use_is_refused_at_attach(start: Callable[..., Watch]) -> None:
     embedding = nn.Embedding(3, 3)
     sparse = torch.optim.SGD(embedding.parameters(), lr=0.1)
     meta = nn.Linear(2, 2, device="meta")
-    compiled = torch.compile(model, backend="eager")
     cases: list[tuple[object, object, dict[str, Any], type[Exception], str]] = [
         (lambda: 0, optimizer, {}, TypeError, "needs a torch.nn.Module"),
         (model, "adam", {}, TypeError, "needs a torch.optim.Optimizer"),
         (model, other, {}, ValueError, "trains no parameter"),
         (embedding, sparse, {}, ValueError, "no linear layer found"),
         (meta, torch.optim.SGD(meta.parameters(), lr=1.0), {}, ValueError, "meta"),
-        (compiled, optimizer, {}, ValueError, "compiled"),
         (model, optimizer, {"run": "a/b"}, ValueError, "run is 'a/b'"),
         (model, optimizer, {"run": "f" * 32}, ValueError, "looks like an id"),
         (model, optimizer, {"project": ".."}, ValueError, "project"),

@@ -1,49 +1,40 @@
 """From what came off the device to a record: the worker thread's half of a step.
 
-Pure numpy and Arrow; never sees a model. Merging over micro-batches is `TensorSums.merge`.
+Pure numpy and Arrow but for the exchange with other processes; never sees a model. Merging is
+`SumTable` over micro-batches and `Ranks` over processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
+from foreshock.monitor.budget import Budget, Plan, PlanBook
 from foreshock.monitor.forensics import NonfiniteWatch
-from foreshock.monitor.formats import FORMATS
+from foreshock.monitor.guard import Guard
+from foreshock.monitor.ranks import Ranks, RanksLost
 from foreshock.monitor.record import (
     FIELD_REDUCTIONS,
     Event,
     IdentityColumns,
     StatisticColumns,
     TensorIdentity,
-    TensorSums,
     record_batch,
 )
 from foreshock.monitor.record.model import ROLES
+from foreshock.monitor.reduction import Merged, RankStep, as_single, with_norms
 from foreshock.monitor.snapshot import Snapshot
+from foreshock.monitor.table import SumTable
 from foreshock.monitor.transfer import HostArray
 
 __all__ = ["Assembler"]
 
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where the rows of a record come from, worked out once per set of observations.
-
-    Attributes:
-        rounds: Per round of merging, positions of observations and the rows they go to.
-        widths: Rows that share a number of features, and positions of their channel sums.
-        quantized: Per row, whether its format has a scale.
-    """
-
-    columns: IdentityColumns
-    rounds: tuple[tuple[Any, Any], ...]
-    widths: tuple[tuple[Any, Any], ...]
-    quantized: np.ndarray[Any, np.dtype[np.bool_]]
+_STEPS_AHEAD: Final = 32
+_FIELDS = len(FIELD_REDUCTIONS)
+_NONFINITE = list(FIELD_REDUCTIONS).index("nonfinite")
 
 
 class Assembler:
@@ -52,131 +43,163 @@ class Assembler:
     Args:
         layers: Layer names in the order in which their rows shall stand.
         rank: This process's global rank.
+        ranks: The other processes, or None.
+        shares: By parameter name, how many processes hold the same piece.
+        plans: When tensors are measured, for all processes alike.
+        budget: Changes the plans; None leaves the first one in force.
     """
 
-    def __init__(self, layers: Sequence[str], *, rank: int) -> None:
+    def __init__(
+        self,
+        layers: Sequence[str],
+        *,
+        rank: int,
+        ranks: Ranks | None = None,
+        shares: Mapping[str, float | None] | None = None,
+        plans: PlanBook | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self._order = {name: position for position, name in enumerate(layers)}
         self._rank = rank
+        self._ranks = ranks
+        self._shares = shares or {}
         self._nonfinite = NonfiniteWatch(rank)
-        # The latest layout: the set of tensors of a run rarely changes.
-        self._layout: tuple[object, _Layout] | None = None
+        self._columns: tuple[tuple[TensorIdentity, ...], IdentityColumns] | None = None
+        self._guard = Guard("exchange with the other processes")
+        self._plans = plans or PlanBook(Plan())
+        self._budget = budget
+        self._kernel_seconds = 0.0
 
-    def record(self, snapshot: Snapshot, events: Sequence[Event] = ()) -> pa.RecordBatch:
+    @property
+    def guard(self) -> Guard:
+        """Where failures of the exchange are counted."""
+        return self._guard
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Time of the kernels of a measured step on the device, as last seen; 0 on a CPU."""
+        return self._kernel_seconds
+
+    def record(self, snapshot: Snapshot, events: Sequence[Event] = ()) -> pa.RecordBatch | None:
         """The record of a step, with more events than the snapshot holds.
 
-        Waits for the device.
+        Waits for the device and for the other processes.
+
+        Returns:
+            None in a process whose part another one records.
         """
         arrays = snapshot.packed.arrays()
+        self._kernel_seconds = snapshot.kernel_seconds() or self._kernel_seconds
         scalars = _scalars(snapshot, arrays)
+        table = self._table(snapshot, arrays) if snapshot.measured else None
+        found = self._nonfinite.events(snapshot, arrays, table, scalars)
+        step = RankStep(
+            snapshot.step,
+            self._rank,
+            scalars,
+            dict(zip(snapshot.names["gradients"], arrays["gradients"].tolist(), strict=True)),
+            dict(zip(snapshot.names["parameters"], arrays["parameters"].tolist(), strict=True)),
+            table,
+            broken=bool(found),
+        )
+        # Not what this process measured, but what all of them were to measure.
+        planned = snapshot.measured
+        if self._ranks is not None:
+            planned = self._plans.at(snapshot.step).cadence.measures(snapshot.step)
+        merged = with_norms(self._merge(step, measured=planned))
+        events = (*events, *self._keep_to_budget(merged, planned))
+        if self._rank != 0:
+            return None
+        others = tuple(event for event in merged.events if event.rank != self._rank)
+        return self._batch(snapshot, merged, (*snapshot.events, *events, *found, *others))
+
+    def _keep_to_budget(self, merged: Merged, planned: bool) -> list[Event]:
+        if self._budget is None or not {"step_seconds", "overhead_ratio"} <= merged.scalars.keys():
+            return []
+        plan = self._budget.take(
+            step_seconds=merged.scalars["step_seconds"],
+            overhead_ratio=merged.scalars["overhead_ratio"],
+            measured=planned,
+        )
+        if plan is None:
+            return []
+        # Other processes may be a few steps ahead of this worker; all change at the same one.
+        start = merged.step + (_STEPS_AHEAD if merged.ranks > 1 else 1)
+        self._plans.add(start, plan)
+        share = self._budget.expected(plan)
+        detail = f"tensors {plan} from step {start} on; {share:.2%} of the step time expected"
+        return [Event("budget", detail=detail)]
+
+    def _merge(self, step: RankStep, *, measured: bool) -> Merged:
+        if self._ranks is not None:
+            try:
+                return self._ranks.merge(step, self._shares, tensors=measured)
+            except RanksLost as error:
+                self._ranks = None
+                self._guard.report(error)
+        return as_single(step)
+
+    def _table(self, snapshot: Snapshot, arrays: Mapping[str, HostArray]) -> SumTable:
+        sums = arrays["sums"].reshape(len(snapshot.entries), _FIELDS)
+        device = arrays["device"].reshape(len(snapshot.device_entries), _FIELDS + 1)
+        micro_batches = np.array([e.micro_batch or 0 for e in snapshot.entries], dtype=float)
+        first = np.where(sums[:, _NONFINITE] > 0, micro_batches, np.inf)
+        return SumTable.of(
+            (*snapshot.entries, *snapshot.device_entries),
+            np.concatenate([sums, device[:, :_FIELDS]]),
+            np.concatenate([first, device[:, _FIELDS]]),
+            rank=self._rank,
+            channels=_pieces(snapshot.channels, arrays["channels"]),
+            blocks=_pieces(snapshot.blocks, arrays["blocks"]),
+        )
+
+    def _batch(self, snapshot: Snapshot, merged: Merged, events: Sequence[Event]) -> pa.RecordBatch:
         identities = statistics = None
-        if snapshot.measured and snapshot.observations:
-            layout = self._layout_of(snapshot)
-            identities = layout.columns
-            observed = arrays["observations"].reshape(len(snapshot.observations), -1)
-            statistics = self._statistics(layout, observed, arrays["channels"])
-        found = self._nonfinite.events(snapshot, arrays, scalars)
+        if merged.table is not None and merged.table.entries:
+            table = merged.table.sorted(self._order, ROLES)
+            identities = self._identities(tuple(entry.identity for entry in table.entries))
+            statistics = _statistics(table)
         return record_batch(
             step=snapshot.step,
             time=snapshot.time,
-            scalars=scalars,
-            events=(*snapshot.events, *events, *found),
+            scalars=merged.scalars,
+            events=tuple(events),
             identities=identities,
             statistics=statistics,
         )
 
-    def _layout_of(self, snapshot: Snapshot) -> _Layout:
-        key = (tuple(identity for identity, _ in snapshot.observations), snapshot.channels)
-        if self._layout is None or self._layout[0] != key:
-            self._layout = (key, self._make_layout(key[0], snapshot.channels))
-        return self._layout[1]
-
-    def _make_layout(
-        self,
-        observed: tuple[TensorIdentity, ...],
-        channels: tuple[tuple[TensorIdentity, int], ...],
-    ) -> _Layout:
-        identities = sorted(set(observed), key=self._position)
-        row_of = {identity: row for row, identity in enumerate(identities)}
-        seen = dict.fromkeys(identities, 0)
-        rounds: list[tuple[list[int], list[int]]] = []
-        for position, identity in enumerate(observed):
-            if seen[identity] == len(rounds):
-                rounds.append(([], []))
-            positions, rows = rounds[seen[identity]]
-            positions.append(position)
-            rows.append(row_of[identity])
-            seen[identity] += 1
-        return _Layout(
-            columns=IdentityColumns.of(identities),
-            rounds=tuple((np.array(positions), np.array(rows)) for positions, rows in rounds),
-            widths=_rows_by_width(row_of, channels),
-            quantized=np.array([FORMATS[identity.format].scaled for identity in identities]),
-        )
-
-    def _position(self, identity: TensorIdentity) -> tuple[object, ...]:
-        layer = self._order.get(identity.layer, len(self._order))
-        role = ROLES.index(identity.role)
-        return (layer, identity.layer, identity.call_index, role, identity.format)
-
-    def _statistics(
-        self, layout: _Layout, observed: HostArray, channels: HostArray
-    ) -> StatisticColumns:
-        rows = len(layout.quantized)
-        merged = TensorSums.empty((rows,))
-        for positions, targets in layout.rounds:
-            merged = merged.merge(self._sums(observed[positions], targets, layout))
-        columns: dict[str, np.ma.MaskedArray[Any, Any]] = {}
-        for group, positions in layout.widths:
-            part = _take(merged, group, channels[positions]).statistics()
-            for name, values in part.items():
-                whole = columns.setdefault(name, np.ma.MaskedArray(np.zeros(rows), mask=True))
-                whole[group] = values
-        return columns
-
-    def _sums(self, observed: HostArray, rows: Any, layout: _Layout) -> TensorSums:
-        empty = TensorSums.empty((len(layout.quantized),))
-        values: dict[str, Any] = {}
-        for column, name in enumerate(FIELD_REDUCTIONS):
-            values[name] = getattr(empty, name)
-            values[name][rows] = observed[:, column]
-        ranks = np.full(len(layout.quantized), float(self._rank))
-        return TensorSums(**values, amax_rank=ranks, quantized=layout.quantized)
+    def _identities(self, identities: tuple[TensorIdentity, ...]) -> IdentityColumns:
+        # The set of tensors of a run rarely changes.
+        if self._columns is None or self._columns[0] != identities:
+            self._columns = (identities, IdentityColumns.of(identities))
+        return self._columns[1]
 
 
-def _take(sums: TensorSums, rows: Any, channels: HostArray) -> TensorSums:
-    values = {name: getattr(sums, name)[rows] for name in FIELD_REDUCTIONS}
-    return TensorSums(
-        **values,
-        amax_rank=sums.amax_rank[rows],
-        quantized=sums.quantized[rows],
-        channel_sum2=channels,
-    )
+def _statistics(table: SumTable) -> StatisticColumns:
+    columns: dict[str, np.ma.MaskedArray[Any, Any]] = {}
+    count = len(table.entries)
+    for rows, channels in table.by_width():
+        for name, values in table.sums(rows, channels).statistics().items():
+            whole = columns.setdefault(name, np.ma.MaskedArray(np.zeros(count), mask=True))
+            whole[rows] = values
+    return columns
 
 
-def _rows_by_width(
-    row_of: Mapping[TensorIdentity, int], channels: tuple[tuple[TensorIdentity, int], ...]
-) -> tuple[tuple[Any, Any], ...]:
-    groups: dict[int, tuple[list[int], list[int]]] = {}
-    offset = 0
-    for identity, width in channels:
-        rows, offsets = groups.setdefault(width, ([], []))
-        rows.append(row_of[identity])
-        offsets.append(offset)
-        offset += width
-    return tuple(
-        (np.array(rows), np.array(offsets)[:, None] + np.arange(width))
-        for width, (rows, offsets) in groups.items()
-    )
+def _pieces(
+    widths: Sequence[tuple[TensorIdentity, int]], values: HostArray
+) -> dict[TensorIdentity, HostArray]:
+    ends = np.cumsum([width for _, width in widths])
+    starts = [0, *ends[:-1]]
+    return {
+        identity: values[start:end]
+        for (identity, _), start, end in zip(widths, starts, ends, strict=False)
+    }
 
 
 def _scalars(snapshot: Snapshot, arrays: Mapping[str, HostArray]) -> dict[str, float]:
     found: dict[str, float] = {}
     if arrays["losses"].size:
         found["loss"] = float(arrays["losses"].mean())
-    with np.errstate(over="ignore", invalid="ignore"):
-        for group, name in (("gradients", "grad_norm"), ("parameters", "param_norm")):
-            if arrays[group].size:
-                found[name] = float(np.sqrt(np.square(arrays[group]).sum()))
     logged = zip(snapshot.names["scalars"], arrays["scalars"].tolist(), strict=True)
     # What the user logged stands against what was found.
     return found | dict(snapshot.scalars) | dict(logged)

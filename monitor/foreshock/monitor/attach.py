@@ -6,10 +6,11 @@ import os
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 
-from foreshock.monitor.hooks import is_watched
+from foreshock.monitor.hooks import is_watched, plain_name
 
-__all__ = ["ranks", "trained_parameters"]
+__all__ = ["forget_compiled", "ranks", "trained_parameters"]
 
 
 def trained_parameters(
@@ -19,7 +20,7 @@ def trained_parameters(
 
     Raises:
         TypeError: model or optimizer is something else.
-        ValueError: The model is compiled, is watched already, shares no parameter with the
+        ValueError: The model is watched already, shares no parameter with the
             optimizer, or lies on several devices or on none.
     """
     if not isinstance(model, nn.Module):
@@ -28,14 +29,10 @@ def trained_parameters(
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}; watch needs a torch.optim.Optimizer"
         )
-    if _is_compiled(model):
-        raise ValueError(
-            "the model is compiled, and hooks added now would never run; watch the eager model"
-        )
     if is_watched(model):
         raise ValueError("the model, or a part of it, is watched already; close that watch first")
     in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    names = {p: name for name, p in model.named_parameters() if id(p) in in_optimizer}
+    names = {p: plain_name(name) for name, p in model.named_parameters() if id(p) in in_optimizer}
     if not names:
         raise ValueError(
             "the optimizer trains no parameter of the model; make it from model.parameters() "
@@ -49,11 +46,20 @@ def trained_parameters(
     return names
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
+def forget_compiled(model: nn.Module) -> int:
+    """Make graphs that exist take notice of new hooks: they are traced anew at the next step.
+
+    A graph made before a hook was added would never call it, and say nothing. Code is shared by
+    the instances of a class, so others of the same class are traced anew too.
+
+    Returns:
+        Of how many pieces of code graphs were dropped.
+    """
+    codes = {getattr(module.forward, "__code__", None) for module in model.modules()}
+    compiled = [code for code in codes if code is not None and _debug_get_cache_entry_list(code)]
+    for code in compiled:
+        reset_code(code)
+    return len(compiled)
 
 
 def ranks() -> tuple[int, int]:

@@ -10,8 +10,10 @@ from typing import Final
 
 import numpy as np
 
+from foreshock.monitor.entry import Entry
 from foreshock.monitor.record import FIELD_REDUCTIONS, Event
 from foreshock.monitor.snapshot import Snapshot
+from foreshock.monitor.table import SumTable
 from foreshock.monitor.transfer import HostArray
 
 __all__ = ["NonfiniteWatch"]
@@ -32,11 +34,15 @@ class NonfiniteWatch:
         self._was_finite = True
 
     def events(
-        self, snapshot: Snapshot, arrays: Mapping[str, HostArray], scalars: Mapping[str, float]
+        self,
+        snapshot: Snapshot,
+        arrays: Mapping[str, HostArray],
+        table: SumTable | None,
+        scalars: Mapping[str, float],
     ) -> tuple[Event, ...]:
         """The first non-finite value of the step; and the first one in a layer, if it was none."""
-        found = sorted(self._candidates(snapshot, arrays), key=lambda candidate: candidate[0])
-        events = [event for _, event in found]
+        candidates = self._candidates(snapshot, arrays, table)
+        events = [event for _, event in sorted(candidates, key=lambda candidate: candidate[0])]
         if not events:
             events = [
                 Event("nonfinite", rank=self._rank, detail=f"{name} is {value}")
@@ -51,10 +57,12 @@ class NonfiniteWatch:
         return (first,) if in_layer in (None, first) else (first, in_layer)
 
     def _candidates(
-        self, snapshot: Snapshot, arrays: Mapping[str, HostArray]
+        self, snapshot: Snapshot, arrays: Mapping[str, HostArray], table: SumTable | None
     ) -> Iterator[tuple[tuple[int, int, int], Event]]:
         """Non-finite values with (micro-batch, phase, order within it)."""
-        yield from self._observed(snapshot, arrays["observations"])
+        if table is not None:
+            yield from self._measured(table)
+        yield from self._probed(snapshot, arrays["probes"])
         for micro_batch, loss in enumerate(arrays["losses"].tolist()):
             if not np.isfinite(loss):
                 event = Event(
@@ -77,20 +85,25 @@ class NonfiniteWatch:
                 )
                 yield (late, order, int(position)), event
 
-    def _observed(
-        self, snapshot: Snapshot, values: HostArray
+    def _measured(self, table: SumTable) -> Iterator[tuple[tuple[int, int, int], Event]]:
+        for row in np.flatnonzero(np.isfinite(table.first)):
+            detail = f"{table.values[row, _NONFINITE]:.0f} elements are not finite"
+            place = (int(table.first[row]), int(row))
+            yield self._found(table.entries[row], place, detail)
+
+    def _probed(
+        self, snapshot: Snapshot, sums: HostArray
     ) -> Iterator[tuple[tuple[int, int, int], Event]]:
-        if not snapshot.observations:
-            return
-        rows = values.reshape(len(snapshot.observations), -1)
-        counts = rows[:, _NONFINITE] if snapshot.measured else ~np.isfinite(rows[:, 0])
-        for position in np.flatnonzero(counts):
-            identity, micro_batch = snapshot.observations[position]
-            phase = _BACKWARD if identity.role == "grad_output" else _FORWARD
-            what = (
-                f"{rows[position, _NONFINITE]:.0f} elements are not finite"
-                if snapshot.measured
-                else f"the sum over the tensor is {rows[position, 0]}"
-            )
-            event = Event("nonfinite", micro_batch, identity.layer, identity.role, self._rank, what)
-            yield (micro_batch, phase, int(position)), event
+        for position in np.flatnonzero(~np.isfinite(sums)):
+            entry = snapshot.probe_entries[position]
+            detail = f"the sum over the tensor is {sums[position]}"
+            yield self._found(entry, (entry.micro_batch or 0, int(position)), detail)
+
+    def _found(
+        self, entry: Entry, place: tuple[int, int], detail: str
+    ) -> tuple[tuple[int, int, int], Event]:
+        micro_batch, order = place
+        identity = entry.identity
+        phase = _BACKWARD if identity.role == "grad_output" else _FORWARD
+        event = Event("nonfinite", micro_batch, identity.layer, identity.role, self._rank, detail)
+        return (micro_batch, phase, order), event

@@ -55,6 +55,10 @@ class Guard:
         self._count(error)
         return not _UNDER_TEST
 
+    def report(self, error: Exception) -> None:
+        """Count a failure that was dealt with elsewhere."""
+        self._count(error)
+
     def take_unreported(self) -> tuple[str, ...]:
         """Messages since the last call, for an event in the next record; at most ten are kept."""
         with self._lock:

@@ -7,11 +7,18 @@ monitor reads what a layer used and never changes it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import torch
 
-__all__ = ["OPERAND_ROLES", "Operand", "QuantizedGemm"]
+__all__ = ["DTYPE_FORMATS", "OPERAND_ROLES", "Operand", "QuantizedGemm"]
+
+DTYPE_FORMATS: Final = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
+"""Formats of tensors that nothing casts."""
 
 OPERAND_ROLES = ("input", "weight", "grad_output")
 """The operands of a linear layer's three GEMMs."""
@@ -26,11 +33,14 @@ class Operand:
         scale: 0-dim float32 on the device, the scale in force; None = current scaling, that is
             M / amax of the tensor itself.
         granularity: What one scale covers.
+        agreed: Whether data-parallel processes must hold the same scale, as delayed scaling with a
+            reduced amax makes them; a rank that differs is then named.
     """
 
     format: str
     scale: torch.Tensor | None
     granularity: str = "tensor"
+    agreed: bool = False
 
 
 @runtime_checkable

@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -21,18 +20,22 @@ import torch
 from torch import nn
 
 from foreshock.monitor.assembly import Assembler
-from foreshock.monitor.attach import ranks, trained_parameters
+from foreshock.monitor.attach import forget_compiled, ranks, trained_parameters
+from foreshock.monitor.budget import Budget, Plan, PlanBook
+from foreshock.monitor.collector import Collector, Taken, WhatIf
 from foreshock.monitor.guard import Guard
-from foreshock.monitor.hooks import GemmHooks, Observation, find_gemms
-from foreshock.monitor.record import Event, TensorIdentity
+from foreshock.monitor.hooks import ModelHooks, find_layers, unwrapped
+from foreshock.monitor.layers import Adapter
+from foreshock.monitor.placement import local_of, replicas
+from foreshock.monitor.ranks import Ranks
+from foreshock.monitor.record import Event
 from foreshock.monitor.sampling import Cadence
-from foreshock.monitor.scalars import GradientNorms, Parameters, find_loss, mean
+from foreshock.monitor.scalars import GradientNorms, OptimizerTensors, Parameters
 from foreshock.monitor.settings import WatchSettings, default_spool, default_url
 from foreshock.monitor.shipping import Service, Shipper
 from foreshock.monitor.sinks import Sink
-from foreshock.monitor.snapshot import Snapshot
 from foreshock.monitor.spool import Spool
-from foreshock.monitor.transfer import pack
+from foreshock.monitor.steps import Step, Value, one_value, snapshot_of
 from foreshock.monitor.worker import Worker
 
 __all__ = ["Watch", "watch"]
@@ -40,8 +43,6 @@ __all__ = ["Watch", "watch"]
 _LOGGER = logging.getLogger("foreshock.monitor")
 # A monitor that fails this often is of no use and only costs time.
 _ERRORS_TO_DETACH: Final = 100
-
-Value = torch.Tensor | float
 
 
 def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
@@ -59,14 +60,19 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
     tokens_per_step: int | None = None,
     first_step: int = 0,
     sinks: Sequence[Sink] = (),
+    budget: float | None = None,
+    what_if: Sequence[str] = (),
+    optimizer_states: bool = False,
 ) -> Watch:
     """Watch a training run.
 
-    Call it after the model is on its device and before the first step; nothing else in the loop
-    changes. The loss is picked up when the model's forward returns it, else call `log(loss=...)`.
+    Call it after the model is on its device, wrapped (DDP, FSDP2, tensor parallel) and compiled,
+    and before the first step; in a job of several processes, in each of them. Nothing else in the
+    loop changes. The loss is picked up when the model's forward returns it, else call
+    `log(loss=...)`.
 
     Args:
-        model: Its linear layers are watched; eager, not compiled.
+        model: Its linear layers are watched.
         optimizer: Its `step` ends a step.
         run: Name of the run.
         project: Group of runs.
@@ -80,6 +86,11 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
         tokens_per_step: Gives the scalar tokens.
         first_step: Number of the next step, after a resume.
         sinks: Called with every record, in the monitor's own thread.
+        budget: Largest share of the step time that watching may cost, e.g. 0.01; the cadence, and
+            if need be a sample of rows and tensors, then follow from what is measured.
+        what_if: Formats that the run does not use, measured as if it did: any of e4m3, e5m2,
+            mxfp8, block128, nvfp4.
+        optimizer_states: Measure the optimizer's moments and the weight gradients too.
 
     Raises:
         ValueError: A value is not allowed, or the model cannot be watched; the message says why.
@@ -99,94 +110,113 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
         tokens_per_step=tokens_per_step,
         first_step=first_step,
         sinks=sinks,
+        budget=budget,
+        what_if=what_if,
+        optimizer_states=optimizer_states,
     )
     return Watch(model, optimizer, settings)
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step in progress, or one that has ended and waits for late `log` calls."""
-
-    number: int
-    measured: bool
-    losses: list[torch.Tensor] = field(default_factory=list)
-    logged: dict[str, list[Value]] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
-    scalars: dict[str, Value] = field(default_factory=dict)
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
-    observations: list[Observation] = field(default_factory=list)
-    time: datetime | None = None
 
 
 class Watch:
     """A run that is being watched. Made by `watch`; a context manager that closes itself.
 
-    In a job of several processes only rank 0 watches, and measures its own part of the batch.
+    In a job of several processes every rank makes one; their worker threads merge each step, and
+    rank 0 alone has records, a spool and sinks.
 
     Attributes:
         settings: What it was told.
-        layers: Names of the watched layers.
+        layers: Names of the watched layers of all ranks.
+        device: Where this process trains.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: WatchSettings
     ) -> None:
         names = trained_parameters(model, optimizer)
-        gemms = find_gemms(model, include=settings.include, exclude=settings.exclude)
+        self._model = unwrapped(model)
+        layers = find_layers(self._model, include=settings.include, exclude=settings.exclude)
         self.settings = settings
-        self.layers = tuple(gemms)
-        self._device = next(iter(names)).device
+        self.device = local_of(next(iter(names))).device
         self._guard = Guard("training thread")
-        self._step = _Step(settings.first_step, settings.cadence.measures(settings.first_step))
-        self._ended: _Step | None = None
+        self._plans = PlanBook(Plan(settings.cadence))
+        self._step = self._new_step(settings.first_step)
+        self._ended: Step | None = None
         self._mark: float | None = None
         self._guard_seconds = 0.0
+        self._kernel_seconds = 0.0
         self._rate: Value | None = None
         self._closed = False
         self._process = os.getpid()
-        rank, world_size = ranks()
-        self._active = rank == 0
+        self._rank, world_size = ranks()
+        group = Ranks.join()
+        # Started by a launcher, but not joined to the others: each process trains for itself.
+        self._active = self._rank == 0 or group is not None
+        self.layers = tuple(layers) if group is None else group.union(tuple(layers))
         if self._active:
-            self._open_ways_out(world_size)
-            self._attach(model, optimizer, gemms, names)
+            self._open_ways_out(group, world_size, names)
+            self._attach(optimizer, layers, names)
             atexit.register(self.close)
 
-    def _open_ways_out(self, world_size: int) -> None:
+    def _open_ways_out(
+        self, group: Ranks | None, world_size: int, names: Mapping[nn.Parameter, str]
+    ) -> None:
         settings = self.settings
         self._spool = self._shipper = None
-        if settings.spool is not None:
+        if settings.spool is not None and self._rank == 0:
             service = Service(settings.url, token=settings.token) if settings.url else None
             registration = settings.registration(self.layers, world_size=world_size)
             self._spool = Spool(settings.spool, registration, max_bytes=settings.max_spool_bytes)
             if service is not None:
                 self._shipper = Shipper(service, self._spool.outbox, root=settings.spool)
+        shares = {name: replicas(parameter) for parameter, name in names.items()}
+        self._assembler = Assembler(
+            self.layers,
+            rank=self._rank,
+            ranks=group,
+            shares=shares,
+            plans=self._plans,
+            budget=Budget(settings.budget, Plan(settings.cadence)) if settings.budget else None,
+        )
         self._worker = Worker(
-            Assembler(self.layers, rank=0),
+            self._assembler,
             spool=self._spool,
-            sinks=settings.sinks,
-            guards=(self._guard,),
+            sinks=settings.sinks if self._rank == 0 else (),
+            guards=(self._guard, self._assembler.guard),
             on_sealed=self._shipper.notify if self._shipper else _nothing,
+            # The others wait for this process's part of every step.
+            keeps_place=group is not None,
         )
 
     def _attach(
         self,
-        model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        gemms: Mapping[str, nn.Module],
+        layers: Mapping[str, tuple[nn.Module, Adapter]],
         names: Mapping[nn.Parameter, str],
     ) -> None:
-        self._hooks = GemmHooks(
-            model,
-            gemms,
+        probe = self.settings.probe
+        self._collector = Collector(
+            self.device,
+            probe=self.device.type == "cpu" if probe is None else probe,
+            what_if=_what_if(self.settings.what_if),
+        )
+        self._hooks = ModelHooks(
+            self._model,
+            layers,
+            collector=self._collector,
             guard=self._guard,
             on_forward=self._forward_begins,
-            on_output=self._model_returned,
-            probe=self.settings.probe,
+            on_loss=self._loss_came,
         )
-        self._hooks.start_step(measuring=self._step.measured)
+        if forget_compiled(self._model):
+            _LOGGER.info("the model has run compiled; it is compiled anew, with the hooks")
+        self._captured_losses: list[torch.Tensor] = []
+        self._modules = _count(self._model)
+        self._start_collecting()
         self._gradients = GradientNorms(names, self._guard)
         self._parameters = Parameters(names)
+        self._states = (
+            OptimizerTensors(optimizer, names) if self.settings.optimizer_states else None
+        )
         self._handles = [
             optimizer.register_step_pre_hook(self._before_optimizer),
             optimizer.register_step_post_hook(self._after_optimizer),
@@ -216,7 +246,7 @@ class Watch:
         with self._guard:
             step = self._ended or self._step
             for name, value in values.items():
-                step.logged.setdefault(name, []).append(_scalar(name, value))
+                step.logged.setdefault(name, []).append(one_value(name, value))
 
     def event(
         self,
@@ -231,7 +261,9 @@ class Watch:
         It stands in the record of the step in progress, or of the next one between two steps.
         """
         if self._active:
-            self._step.events.append(Event(kind, layer=layer, role=role, rank=0, detail=detail))
+            self._step.events.append(
+                Event(kind, layer=layer, role=role, rank=self._rank, detail=detail)
+            )
 
     def flush(self, timeout: float = 10.0) -> bool:
         """Wait until all ended steps are sealed on disk and in every sink; False on time-out."""
@@ -285,124 +317,137 @@ class Watch:
     ) -> None:
         self.close()
 
+    def step(self) -> None:
+        """End a step that the monitor cannot see end.
+
+        For loops in which `optimizer.step()` runs inside a CUDA graph, or in which there is no
+        torch optimizer; call it once after each step. Elsewhere it is not needed.
+        """
+        if self._active and not self._closed:
+            self._end()
+
+    def _new_step(self, number: int) -> Step:
+        return Step(number, self._plans.at(number).cadence.measures(number))
+
+    def _start_collecting(self) -> None:
+        self._collector.sampling = self._plans.at(self._step.number).sampling
+        self._collector.start_step(measuring=self._step.measured)
+        self._hooks.start_step()
+
     def _forward_begins(self) -> None:
         self._publish()
         if self._mark is None:
             self._mark = time.perf_counter()
 
-    def _model_returned(self, output: object, micro_batch: int) -> None:
-        loss = find_loss(output)
-        if loss is not None:
-            # A copy: the loop may divide the loss in place.
-            self._step.losses.append(loss.detach().clone())
+    def _loss_came(self, loss: torch.Tensor) -> None:
+        # A copy: the loop may divide the loss in place.
+        copy = loss.detach().clone()
+        if copy.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured_losses.append(copy)
+        else:
+            self._step.losses.append(copy)
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self._capturing():
+            return
         with self._guard:
             self._rate = _learning_rate(optimizer)
             self._parameters.before_step()
+            if self._states is not None and self._step.measured:
+                self._states.gradients(self._collector)
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        observations: list[Observation] = []
+        if self._capturing():
+            return
+        if self._states is not None and self._step.measured:
+            with self._guard:
+                self._states.moments(self._collector)
+        self._end()
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _end(self) -> None:
+        taken = Taken()
         # Apart, so that a failure here costs the tensors only.
         with self._guard:
-            observations = self._hooks.take()
+            taken = self._collector.take()
         with self._guard:
             # There is one if no forward pass came in between, as in a loop around a closure.
             self._publish()
-            self._end_step(observations)
-        self._hooks.start_step(measuring=self._step.measured)
+            self._end_step(taken)
+            self._look_for_new_layers()
+        with self._guard:
+            self._start_collecting()
         if self._guard.errors >= _ERRORS_TO_DETACH:
             _LOGGER.error("the monitor failed %d times and lets go", self._guard.errors)
             self.detach()
 
-    def _end_step(self, observations: list[Observation]) -> None:
+    def _end_step(self, taken: Taken) -> None:
         step = self._step
-        step.observations = observations
+        step.taken = taken
         number = step.number + 1
-        self._step = _Step(number, self.settings.cadence.measures(number))
+        self._step = self._new_step(number)
         step.time = datetime.now(UTC)
-        step.gradients = self._gradients.norms
+        step.gradients = self._gradients.norms()
         self._gradients.start_step()
+        if not step.losses:
+            step.losses = [loss.clone() for loss in self._captured_losses]
         self._ended = step
         self._time_step(step)
         if self._rate is not None:
             step.scalars["learning_rate"] = self._rate
         if self.settings.tokens_per_step is not None:
             step.scalars["tokens"] = float(number * self.settings.tokens_per_step)
-        ratio, step.parameters = self._parameters.after_step()
+        ratio = self._parameters.update_ratio()
         if ratio is not None:
             step.scalars["update_ratio"] = ratio
+        # On a GPU reading every parameter is a cost that belongs to the cadence.
+        if step.measured or self.device.type == "cpu":
+            step.parameters = self._parameters.norms()
 
-    def _time_step(self, step: _Step) -> None:
+    def _look_for_new_layers(self) -> None:
+        """Watch layers that came after the watch; asked where tensors are measured anyway."""
+        if not self._step.measured or _count(self._model) == self._modules:
+            return
+        self._modules = _count(self._model)
+        settings = self.settings
+        found = find_layers(self._model, include=settings.include, exclude=settings.exclude)
+        new = self._hooks.attach_new(found)
+        if new:
+            self._step.events.append(
+                Event("layers_added", rank=self._rank, detail=", ".join(new)[:500])
+            )
+
+    def _time_step(self, step: Step) -> None:
         now = time.perf_counter()
         if self._mark is not None:
             seconds = now - self._mark
             inside = self._guard.seconds - self._guard_seconds
+            if step.measured:
+                inside += self._assembler.kernel_seconds
             step.scalars["step_seconds"] = seconds
             step.scalars["overhead_ratio"] = inside / max(seconds - inside, 1e-9)
         self._mark = now
         self._guard_seconds = self._guard.seconds
 
     def _publish(self) -> None:
-        """Hand the step that has ended to the worker; its copy to the host starts here."""
+        """Hand the step that has ended to the worker."""
         step, self._ended = self._ended, None
-        if step is None or step.time is None:
-            return
-        scalars = step.scalars | {name: mean(values) for name, values in step.logged.items()}
-        tensors = {k: v for k, v in scalars.items() if isinstance(v, torch.Tensor)}
-        channels = _add_channels(step.observations)
-        groups: dict[str, Sequence[torch.Tensor]] = {
-            "scalars": list(tensors.values()),
-            "losses": step.losses,
-            "gradients": list(step.gradients.values()),
-            "parameters": list(step.parameters.values()),
-            "observations": [observation.sums for observation in step.observations],
-            "channels": list(channels.values()),
-        }
-        self._worker.submit(
-            Snapshot(
-                step=step.number,
-                time=step.time,
-                scalars={k: float(v) for k, v in scalars.items() if k not in tensors},
-                names={
-                    "scalars": tuple(tensors),
-                    "gradients": tuple(step.gradients),
-                    "parameters": tuple(step.parameters),
-                },
-                observations=tuple((o.identity, o.micro_batch) for o in step.observations),
-                measured=step.measured,
-                channels=tuple((k, v.numel()) for k, v in channels.items()),
-                packed=pack(groups, self._device),
-                events=tuple(step.events),
-            )
-        )
+        if step is not None:
+            self._worker.submit(snapshot_of(step, self.device))
 
 
-def _add_channels(observations: Sequence[Observation]) -> dict[TensorIdentity, torch.Tensor]:
-    """Channel sums per identity: what they are merged into does not grow with micro-batches."""
-    channels: dict[TensorIdentity, torch.Tensor] = {}
-    for observation in observations:
-        if observation.channels is not None:
-            so_far = channels.get(observation.identity)
-            added = observation.channels if so_far is None else so_far + observation.channels
-            channels[observation.identity] = added
-    return channels
+def _what_if(formats: Sequence[str]) -> WhatIf | None:
+    return None
+
+
+def _count(model: nn.Module) -> int:
+    return sum(1 for _ in model.modules())
 
 
 def _nothing() -> None:
     """Without a service, a sealed batch interests nobody."""
-
-
-def _scalar(name: str, value: torch.Tensor | float) -> Value:
-    if not isinstance(value, torch.Tensor):
-        return float(value)
-    if value.numel() != 1:
-        raise ValueError(
-            f"log({name}=...) got a tensor of shape {tuple(value.shape)}, not one value"
-        )
-    if value.device.type == "cpu":
-        return float(value.detach())
-    return value.detach().reshape(()).to(torch.float64, copy=True)
 
 
 def _learning_rate(optimizer: torch.optim.Optimizer) -> Value | None:
@@ -411,5 +456,5 @@ def _learning_rate(optimizer: torch.optim.Optimizer) -> Value | None:
     if not rates:
         return None
     if isinstance(rates[0], torch.Tensor):
-        return _scalar("learning_rate", rates[0])
+        return one_value("learning_rate", rates[0])
     return max(float(rate) for rate in rates)

@@ -46,7 +46,12 @@ class WatchSettings:
         first_step: Number of the next optimizer step; more than 0 after a resume.
         sinks: Called with every record, in the worker thread.
         probe: Sum up operands at steps without tensor statistics too, so that the first
-            non-finite value has a layer at any step.
+            non-finite value has a layer at any step; None does so on a CPU only, because on a GPU
+            a sum costs as much as all statistics.
+        budget: Largest share of the step time that watching may cost; then the cadence is only
+            where it begins.
+        what_if: Formats that the run does not use, measured as if it did.
+        optimizer_states: Measure the optimizer's moments and the weight gradients too.
         max_spool_bytes: Bound on what waits on disk.
         launch_id: Identifies this start of the job.
 
@@ -66,7 +71,10 @@ class WatchSettings:
     tokens_per_step: int | None = None
     first_step: int = 0
     sinks: Sequence[Sink] = ()
-    probe: bool = True
+    probe: bool | None = None
+    budget: float | None = None
+    what_if: Sequence[str] = ()
+    optimizer_states: bool = False
     max_spool_bytes: int = DEFAULT_MAX_BYTES
     launch_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
@@ -80,6 +88,10 @@ class WatchSettings:
             raise ValueError(f"first_step is {self.first_step}; allowed: 0 or more")
         if self.tokens_per_step is not None and self.tokens_per_step < 1:
             raise ValueError(f"tokens_per_step is {self.tokens_per_step}; allowed: 1 or more")
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise ValueError(
+                f"budget is {self.budget}; allowed: above 0 and below 1, e.g. 0.01 for 1 %"
+            )
         if self.url is not None and self.spool is None:
             raise ValueError("url is given without a spool; records reach the service through one")
         try:

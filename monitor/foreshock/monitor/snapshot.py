@@ -6,9 +6,12 @@ Holds no tensor but the packed copy.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
+import torch
+
+from foreshock.monitor.entry import Entry
 from foreshock.monitor.record import Event, TensorIdentity
 from foreshock.monitor.transfer import Packed
 
@@ -24,20 +27,50 @@ class Snapshot:
         time: When the step ended.
         scalars: What was known on the host.
         names: Names of the values in the packed groups scalars, gradients and parameters.
-        observations: Identity and micro-batch of every tensor that passed by, in order.
-        measured: Whether the observations are full sums, or one plain sum each.
-        channels: Identity and width of the channel sums.
+        measured: Whether tensors were measured.
+        entries: Of the packed group sums, one per tensor that passed by.
+        device_entries: Of the packed group device, one per row of the device's buffer.
+        probe_entries: Of the packed group probes: plain sums at a step without statistics.
+        channels, blocks: Identity and width of the channel sums and block-scale histograms.
         packed: Groups scalars, losses (one per micro-batch), gradients and parameters (norms),
-            observations, channels.
+            sums, device, probes, channels, blocks; None for a step that was dropped.
         events: Planned events and the monitor's own.
+        kernels: Marks around the kernels of a step whose cost is being measured.
     """
 
     step: int
     time: datetime
     scalars: Mapping[str, float]
     names: Mapping[str, tuple[str, ...]]
-    observations: tuple[tuple[TensorIdentity, int], ...]
     measured: bool
+    entries: tuple[Entry, ...]
+    device_entries: tuple[Entry, ...]
+    probe_entries: tuple[Entry, ...]
     channels: tuple[tuple[TensorIdentity, int], ...]
+    blocks: tuple[tuple[TensorIdentity, int], ...]
     packed: Packed
     events: tuple[Event, ...]
+    kernels: tuple[tuple[torch.cuda.Event, torch.cuda.Event], ...] = ()
+
+    def emptied(self) -> Snapshot:
+        """What is left of a step for which there was no room: its number."""
+        return replace(
+            self,
+            scalars={},
+            names=dict.fromkeys(self.names, ()),
+            entries=(),
+            device_entries=(),
+            probe_entries=(),
+            channels=(),
+            blocks=(),
+            packed=Packed(self.packed.names, (0,) * len(self.packed.names), None, None),
+            events=(),
+            kernels=(),
+        )
+
+    def kernel_seconds(self) -> float | None:
+        """Time that the marked kernels took; None without marks. Waits for the device."""
+        if not self.kernels:
+            return None
+        self.kernels[-1][1].synchronize()
+        return float(sum(start.elapsed_time(end) for start, end in self.kernels)) / 1e3

@@ -40,6 +40,8 @@ class Worker:
         sinks: Called with every record.
         guards: Whose failures are reported in the next record.
         on_sealed: Called when there is a batch to ship.
+        keeps_place: Whether a step that is dropped must still be gone through, because other
+            processes wait for this one's part of it.
     """
 
     def __init__(
@@ -50,18 +52,25 @@ class Worker:
         sinks: Sequence[Sink],
         guards: Sequence[Guard],
         on_sealed: Callable[[], None],
+        keeps_place: bool = False,
     ) -> None:
         self.guard = Guard("worker")
         self._assembler, self._spool, self._sinks = assembler, spool, tuple(sinks)
         self._guards = (*guards, self.guard)
         self._on_sealed = on_sealed
         self._dropped = 0
-        self._queue: queue.Queue[Snapshot | _Flush | None] = queue.Queue(_QUEUE_STEPS)
+        self._keeps_place = keeps_place
+        self._queue: queue.Queue[Snapshot | _Flush | None] = queue.Queue(
+            0 if keeps_place else _QUEUE_STEPS
+        )
         self._thread = threading.Thread(target=self._run, name="foreshock-worker", daemon=True)
         self._thread.start()
 
     def submit(self, snapshot: Snapshot) -> None:
         """Take a step, or count it as dropped when the worker is far behind. Never waits."""
+        if self._keeps_place and self._queue.qsize() >= _QUEUE_STEPS:
+            self._dropped += 1
+            snapshot = snapshot.emptied()
         try:
             self._queue.put_nowait(snapshot)
         except queue.Full:
@@ -107,7 +116,8 @@ class Worker:
         record = None
         with self.guard:
             record = self._assembler.record(snapshot, self._own_events())
-            self._store(record)
+            if record is not None:
+                self._store(record)
         if record is None:
             return
         for sink in self._sinks:

@@ -1,0 +1,311 @@
+"""Tensors of one step in, their sums out; nothing leaves the device in between.
+
+Knows no modules, no records and no ranks. Small tensors on a CPU are measured as stacks
+(`batching`), tensors on CUDA by one kernel each into preallocated rows (`device_rows`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import torch
+
+from foreshock.monitor import ops
+from foreshock.monitor.batching import BatchedSums
+from foreshock.monitor.device_rows import DeviceRows
+from foreshock.monitor.entry import Entry
+from foreshock.monitor.formats import FORMATS, GRANULARITIES
+from foreshock.monitor.operands import Operand
+from foreshock.monitor.placement import WHOLE, part_of
+from foreshock.monitor.record import TensorIdentity
+from foreshock.monitor.sampling import Sampling
+from foreshock.monitor.statistics import packed_sums
+
+__all__ = ["Collector", "Entry", "Taken", "WhatIf", "operand_code"]
+
+_FORMATS: Final = tuple(FORMATS)
+
+WhatIf = Callable[[torch.Tensor, str], Sequence[tuple[str, str, torch.Tensor, torch.Tensor | None]]]
+"""From a tensor and its role to rows of formats that the run does not use: format, granularity,
+sums, histogram of block scales."""
+
+
+def operand_code(format: str, granularity: str) -> int:
+    """Format and granularity as the one number that an operation in a graph carries."""
+    return _FORMATS.index(format) * len(GRANULARITIES) + GRANULARITIES.index(granularity)
+
+
+def _operand(code: int, scale: torch.Tensor | None) -> Operand:
+    position, granularity = divmod(code, len(GRANULARITIES))
+    return Operand(_FORMATS[position], scale, GRANULARITIES[granularity])
+
+
+@dataclass(slots=True)
+class Taken:
+    """A step's sums.
+
+    Attributes:
+        entries, sums: One row of `SUM_FIELDS` each.
+        device_entries, device: Rows of the device buffer, with one more column; None for none.
+        channels: Channel sums per identity.
+        blocks: Histograms of block scales per identity.
+        probes: Plain sums of tensors at a step without statistics, and their entries.
+        kernels: Marks around each kernel on the device, at a step whose cost is measured.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    sums: list[torch.Tensor] = field(default_factory=list)
+    device_entries: tuple[Entry, ...] = ()
+    device: torch.Tensor | None = None
+    channels: dict[TensorIdentity, torch.Tensor] = field(default_factory=dict)
+    blocks: dict[TensorIdentity, torch.Tensor] = field(default_factory=dict)
+    probe_entries: list[Entry] = field(default_factory=list)
+    probes: list[torch.Tensor] = field(default_factory=list)
+    kernels: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+
+class Collector(ops.Receiver):
+    """Takes tensors while a step runs.
+
+    Args:
+        device: Where the training is.
+        probe: Sum every operand at steps without statistics, so that the first non-finite value
+            has a layer.
+        what_if: Formats that the run does not use, measured too.
+
+    Attributes:
+        measuring: Whether tensors are measured in full.
+        sampling: Which share of tensors and rows is measured.
+        skipped: Tensors of which nothing could be said.
+        handle: Under which a compiled graph reaches this collector.
+        on_begin: Called when a training forward pass of the model begins inside a graph.
+        on_loss: Called with the loss that a graph computed.
+    """
+
+    def __init__(
+        self, device: torch.device, *, probe: bool = True, what_if: WhatIf | None = None
+    ) -> None:
+        self.on_begin: Callable[[], None] = _nothing
+        self.on_loss: Callable[[torch.Tensor], None] = _nothing
+        self.measuring = False
+        self.sampling = Sampling()
+        self.skipped = 0
+        self.handle = ops.register(self)
+        self._probe = probe
+        self._what_if = what_if
+        self._rows = DeviceRows.on(device)
+        self._stack = BatchedSums()
+        self._taken = Taken()
+        self._waiting: list[Entry] = []
+        self._micro_batch = -1
+        self._keys: list[tuple[str, str]] = []
+        self._weighed: set[str] = set()
+        # Its own generator: the training's random numbers are nobody else's to draw.
+        self._random = random.Random(0)
+
+    @property
+    def wants(self) -> bool:
+        """Whether a tensor that passes by now would be looked at."""
+        return self.measuring or self._probe or self.recording
+
+    @property
+    def recording(self) -> bool:
+        """Whether a CUDA graph is being captured: its kernels will run at steps yet unknown."""
+        return self._rows is not None and torch.cuda.is_current_stream_capturing()
+
+    @property
+    def micro_batch(self) -> int:
+        """0-based micro-batch in progress."""
+        return max(self._micro_batch, 0)
+
+    def key(self, layer: str, role: str) -> int:
+        """The number of a tensor for `receive`; asked at attach, before anything is traced."""
+        self._keys.append((layer, role))
+        if self._rows is not None:
+            self._rows.reserve()
+        return len(self._keys) - 1
+
+    def receive(self, x: torch.Tensor, scale: torch.Tensor | None, key: int, code: int) -> None:
+        """Take a tensor from inside a compiled graph; code -1 is the loss."""
+        if code < 0:
+            self.on_loss(x)
+            return
+        if not self.wants:
+            return
+        layer, role = self._keys[key]
+        if role == "weight" and not self.weighs(layer):
+            return
+        self.observe(layer, role, x, _operand(code, scale))
+
+    def weighs(self, layer: str) -> bool:
+        """Whether the layer's weight is still to be measured in this step; asked once."""
+        if not (self.measuring or self.recording) or layer in self._weighed:
+            return self.recording
+        self._weighed.add(layer)
+        return True
+
+    def begin(self) -> None:
+        """A training forward pass of the model begins inside a graph."""
+        self.on_begin()
+        self.start_micro_batch()
+
+    def start_micro_batch(self) -> None:
+        """A training forward pass of the model begins."""
+        self._micro_batch += 1
+        if self._rows is not None:
+            self._rows.next_micro_batch()
+
+    def start_step(self, *, measuring: bool) -> None:
+        """Begin the next step, after `take`."""
+        self.measuring = measuring
+        self._micro_batch = -1
+        self._weighed = set()
+        if self._rows is not None:
+            self._rows.start_step(measuring=measuring)
+
+    def stop(self) -> None:
+        """Look at nothing more, whatever still calls."""
+        self._probe = False
+        self.start_step(measuring=False)
+
+    def observe(
+        self,
+        layer: str,
+        role: str,
+        x: torch.Tensor,
+        operand: Operand,
+        *,
+        call_index: int = 0,
+        source: str | None = None,
+    ) -> None:
+        """Measure a tensor; its value now is what counts.
+
+        Raises:
+            ValueError: As `packed_sums`.
+        """
+        held = part_of(x)
+        if held is None:
+            self.skipped += 1
+            return
+        local, part = held
+        identity = TensorIdentity(
+            layer, role, operand.format, call_index, granularity=operand.granularity
+        )
+        entry = Entry(identity, self.micro_batch, part, source, agreed=operand.agreed)
+        if self.measuring or self.recording:
+            sample = self.sampling.of(local, self._random)
+            if sample is not None:
+                self._measure(entry, sample, operand)
+        elif self._probe:
+            self._probe_sum(entry, local)
+
+    def observe_row(
+        self, identity: TensorIdentity, row: torch.Tensor, *, source: str | None
+    ) -> None:
+        """Take a row of sums that somebody else made, shape (fields,), on the device."""
+        if self.measuring:
+            self._taken.entries.append(Entry(identity, self.micro_batch, WHOLE, source))
+            self._taken.sums.append(row)
+
+    def observe_codes(
+        self,
+        layer: str,
+        role: str,
+        codes: torch.Tensor,
+        *,
+        format: str,
+        scale_inv: torch.Tensor,
+        call_index: int = 0,
+    ) -> None:
+        """Measure FP8 codes, one byte an element; the tensor they stand for is code x scale_inv."""
+        if not (self.measuring or self.recording):
+            return
+        entry = Entry(
+            TensorIdentity(layer, role, format, call_index), self.micro_batch, WHOLE, "codes"
+        )
+        if self._rows is None:
+            self.skipped += 1
+        else:
+            self._rows.add_codes(entry, codes, scale_inv)
+
+    def take(self) -> Taken:
+        """What passed by during the step."""
+        taken, self._taken = self._taken, Taken()
+        waiting, self._waiting = self._waiting, []
+        for entry, (sums, channels) in zip(waiting, self._stack.take(), strict=True):
+            taken.entries.append(entry)
+            taken.sums.append(sums)
+            _add_channels(taken.channels, entry, channels)
+        if self._rows is not None and self.measuring:
+            taken.device_entries, taken.device, channels_of = self._rows.take()
+            for entry, channels in channels_of:
+                _add_channels(taken.channels, entry, channels)
+            taken.kernels = self._rows.take_marks()
+        return taken
+
+    def _measure(self, entry: Entry, x: torch.Tensor, operand: Operand) -> None:
+        if operand.granularity != "tensor":
+            self._measure_blocks(entry, x, operand)
+        elif self._rows is not None:
+            self._rows.add(entry, x, operand.scale)
+        elif self.recording:
+            self.skipped += 1
+            return
+        else:
+            self._stack.add(x, operand)
+            self._waiting.append(entry)
+        if self._what_if is not None:
+            self._measure_what_if(entry, x)
+
+    def _measure_blocks(self, entry: Entry, x: torch.Tensor, operand: Operand) -> None:
+        from foreshock.monitor.blocks import block_sums
+
+        row, scales = block_sums(x, format=operand.format, granularity=operand.granularity)
+        self._taken.entries.append(entry)
+        self._taken.sums.append(row)
+        _add(self._taken.blocks, entry.identity, scales)
+        channels = packed_sums(x, format="fp32", scale=None)[1]
+        _add_channels(self._taken.channels, entry, channels)
+
+    def _measure_what_if(self, entry: Entry, x: torch.Tensor) -> None:
+        assert self._what_if is not None
+        for format, granularity, row, scales in self._what_if(x, entry.identity.role):
+            identity = replace(entry.identity, format=format, granularity=granularity, what_if=True)
+            self._taken.entries.append(replace(entry, identity=identity, source=None))
+            self._taken.sums.append(row)
+            if scales is not None:
+                _add(self._taken.blocks, identity, scales)
+
+    def _probe_sum(self, entry: Entry, x: torch.Tensor) -> None:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self._taken.probe_entries.append(entry)
+        self._taken.probes.append(x.detach().sum(dtype=wide))
+
+
+def _nothing(*_: object) -> None:
+    """Nobody listens."""
+
+
+def _add(
+    sums: dict[TensorIdentity, torch.Tensor], identity: TensorIdentity, more: torch.Tensor
+) -> None:
+    so_far = sums.get(identity)
+    sums[identity] = more if so_far is None else so_far + more
+
+
+def _add_channels(
+    sums: dict[TensorIdentity, torch.Tensor], entry: Entry, channels: torch.Tensor
+) -> None:
+    """Channel sums per identity: what they are merged into does not grow with micro-batches.
+
+    A piece that holds some of the features stands at its place among all of them, so that adding
+    over processes concatenates.
+    """
+    if entry.part.features is not None:
+        whole = channels.new_zeros(entry.part.features)
+        whole[entry.part.offset : entry.part.offset + len(channels)] = channels
+        channels = whole
+    _add(sums, entry.identity, channels)

@@ -1,0 +1,140 @@
+"""How a kind of layer is watched: what an adapter promises, and what the monitor lends it.
+
+An adapter knows one kind of module and nothing of records, steps or ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import skip_code
+from torch.utils.hooks import RemovableHandle
+
+from foreshock.monitor.collector import Collector
+from foreshock.monitor.guard import Guard
+
+__all__ = ["Adapter", "Hook", "HookContext", "tensors_in"]
+
+
+def _inert(*_: object) -> None:
+    """What a hook becomes in a copy of the model."""
+
+
+def _get_inert() -> Callable[..., None]:
+    return _inert
+
+
+class Hook:
+    """A hook that never raises into the training and does not travel.
+
+    Copying or pickling the model leaves a function that does nothing in its place.
+
+    Args:
+        guard: Around the function.
+        function: Runs eagerly.
+        traced: Runs instead while torch.compile traces; None traces as doing nothing.
+    """
+
+    __slots__ = ("_run", "function", "guard", "traced")
+
+    def __init__(
+        self,
+        guard: Guard,
+        function: Callable[..., None],
+        traced: Callable[..., None] | None = None,
+    ) -> None:
+        self.guard = guard
+        self.function = function
+        self.traced = traced
+        self._run = torch.compiler.disable(self._guarded)  # type: ignore[no-untyped-call]
+
+    def __call__(self, *args: Any) -> None:
+        """As a hook is called."""
+        # A guard is no part of a graph: what is traced must be plain tensor work.
+        if torch.compiler.is_compiling():
+            if self.traced is not None:
+                self.traced(*args)
+            return
+        self._run(*args)
+
+    def _guarded(self, *args: Any) -> None:
+        with self.guard:
+            self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return (_get_inert, ())
+
+
+# A hook of the outermost module, or beside a graph break, is called by itself: it must not become
+# a graph of its own. Inside a graph it is traced all the same.
+skip_code(Hook.__call__.__code__)
+
+
+class HookContext:
+    """What an adapter works with.
+
+    Attributes:
+        collector: Takes the tensors.
+    """
+
+    def __init__(self, collector: Collector, guard: Guard, begins: Callable[[], None]) -> None:
+        self.collector = collector
+        self.begins = begins
+        self._guard = guard
+        self._calls: dict[str, int] = {}
+
+    @staticmethod
+    def counts(module: nn.Module) -> bool:
+        """Whether this call is training: neither evaluation nor a checkpoint's recomputation."""
+        return (
+            module.training
+            and torch.is_grad_enabled()
+            # Inside a backward pass a forward runs only to recompute what was not kept.
+            and torch._C._current_graph_task_id() == -1
+        )
+
+    def next_call(self, name: str) -> int:
+        """0-based count of the layer's calls within the micro-batch."""
+        index = self._calls.get(name, 0)
+        self._calls[name] = index + 1
+        return index
+
+    def new_micro_batch(self) -> None:
+        """Count calls from 0 again."""
+        self._calls = {}
+
+    def hook(
+        self, function: Callable[..., None], traced: Callable[..., None] | None = None
+    ) -> Hook:
+        """The function as something that may hang on a module or a tensor."""
+        return Hook(self._guard, function, traced)
+
+
+class Adapter(Protocol):
+    """Watches one kind of layer."""
+
+    def claims(self, module: nn.Module) -> bool:
+        """Whether the module is of this kind; the first adapter that says so has it."""
+        ...
+
+    def attach(
+        self, name: str, module: nn.Module, context: HookContext
+    ) -> Sequence[RemovableHandle]:
+        """Put hooks on the module; the handles take them off."""
+        ...
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """The floating tensors among a layer's arguments or outputs, in order."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)

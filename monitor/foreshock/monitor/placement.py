@@ -1,0 +1,103 @@
+"""Which part of a logical tensor a process holds: the words of DTensor, put for the monitor.
+
+A share adds up over processes; a replica stands in the record once, and its peers are compared with
+it. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+__all__ = ["WHOLE", "Part", "local_of", "part_of", "replicas"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What this process's piece of a tensor stands for.
+
+    Attributes:
+        counted: Whether its sums enter the merge; a replica that another process counts does not.
+        offset: Position of its first feature among all features.
+        features: All features, or None where the piece has them all.
+        sharded: Whether other processes hold other pieces of it.
+    """
+
+    counted: bool = True
+    offset: int = 0
+    features: int | None = None
+    sharded: bool = False
+
+
+WHOLE: Final = Part()
+
+
+def part_of(x: torch.Tensor) -> tuple[torch.Tensor, Part] | None:
+    """The local piece of a tensor and what it stands for.
+
+    Plain tensors are whole. None where no statement about the tensor can be made from pieces: a
+    sum that is still to be reduced, or a subclass other than DTensor (codes, nested tensors).
+    """
+    if type(x) in _PLAIN:
+        return x, WHOLE
+    if not _is_dtensor(x):
+        return None
+    local = x.to_local()
+    if type(local) not in _PLAIN or any(placement.is_partial() for placement in x.placements):
+        return None
+    return local, _part(x)
+
+
+def local_of(x: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: the tensor itself, or a DTensor's piece."""
+    return x.to_local() if _is_dtensor(x) else x
+
+
+def replicas(parameter: torch.Tensor) -> float | None:
+    """How many processes hold the same piece of a DTensor; None for a plain tensor.
+
+    A plain parameter that a framework has cut by hand (Megatron marks it with
+    `tensor_model_parallel`) is a piece of its own: 1.
+    """
+    if not _is_dtensor(parameter):
+        return 1.0 if getattr(parameter, "tensor_model_parallel", False) else None
+    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    return float(math.prod(size for size, placement in sizes if placement.is_replicate()))
+
+
+_PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_dtensor(x: torch.Tensor) -> TypeIs[DTensor]:
+    # A process that never loaded the class has none; loading it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def _part(x: DTensor) -> Part:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    coordinate = x.device_mesh.get_coordinate()
+    placements = x.placements
+    if coordinate is None:
+        return Part(counted=False)
+    counted = all(
+        place == 0
+        for place, placement in zip(coordinate, placements, strict=True)
+        if placement.is_replicate()
+    )
+    sharded = any(placement.is_shard() for placement in placements)
+    _, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, placements)
+    last = x.ndim - 1
+    by_feature = any(placement.is_shard(last) for placement in placements)
+    if x.ndim == 0 or not by_feature:
+        return Part(counted=counted, sharded=sharded)
+    return Part(counted, int(offsets[last]), int(x.shape[last]), sharded)

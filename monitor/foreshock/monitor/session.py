@@ -19,6 +19,7 @@ from typing import Final, Self
 import torch
 from torch import nn
 
+from foreshock.monitor import te_exact
 from foreshock.monitor.assembly import Assembler
 from foreshock.monitor.attach import forget_compiled, ranks, trained_parameters
 from foreshock.monitor.budget import Budget, Plan, PlanBook
@@ -379,6 +380,7 @@ class Watch:
             self._look_for_new_layers()
         with self._guard:
             self._start_collecting()
+            te_exact.step()
         if self._guard.errors >= _ERRORS_TO_DETACH:
             _LOGGER.error("the monitor failed %d times and lets go", self._guard.errors)
             self.detach()

@@ -142,12 +142,14 @@ class TensorSums:
         some = self.numel > 0
         power = some & (self.sum2 > 0)
         cast = some & self.quantized
+        # Of some tensors only the extremes are known, and not a single element.
+        extreme = some | (self.amax > -np.inf)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
             columns = {
                 "numel": _masked(self.numel, np.ones_like(some)),
                 "observations": _masked(self.observations, np.ones_like(some)),
-                "amax": _masked(self.amax, some),
-                "amax_rank": _masked(self.amax_rank, some & (self.amax_rank >= 0)),
+                "amax": _masked(self.amax, extreme),
+                "amax_rank": _masked(self.amax_rank, extreme & (self.amax_rank >= 0)),
                 "rms": _masked(np.sqrt(self.sum2 / self.numel), some),
                 "kurtosis": _masked(self.numel * self.sum4 / self.sum2**2, power),
                 "kurtosis_sequence_mean": _masked(
@@ -157,12 +159,14 @@ class TensorSums:
                 "subnormal_ratio": _masked(self.subnormal / self.numel, cast),
                 "overflow_ratio": _masked(self.overflow / self.numel, cast),
                 "headroom_log2": _masked(
-                    self.headroom_log2, cast & np.isfinite(self.headroom_log2)
+                    self.headroom_log2, self.quantized & np.isfinite(self.headroom_log2)
                 ),
                 "sqnr_db": _masked(10 * np.log10(self.sum2 / self.error2), cast & power),
-                "scale_log2": _masked(self.scale_log2, cast & np.isfinite(self.scale_log2)),
+                "scale_log2": _masked(
+                    self.scale_log2, self.quantized & np.isfinite(self.scale_log2)
+                ),
                 "scale_log2_max": _masked(
-                    self.scale_log2_max, cast & np.isfinite(self.scale_log2_max)
+                    self.scale_log2_max, self.quantized & np.isfinite(self.scale_log2_max)
                 ),
                 "zero_ratio": _masked(self.zeros / self.numel, some),
                 "nonfinite_count": _masked(self.nonfinite, np.ones_like(some)),

@@ -1,0 +1,149 @@
+"""What a Transformer Engine layer kept of its GEMM operands, and how it cast them.
+
+Reads what the layer saved for its backward pass and what its quantizers hold; changes nothing,
+launches nothing, and imports nothing of Transformer Engine: its classes are known by name, so that
+this file loads where the library does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from foreshock.monitor.layers.adapter import tensors_in
+from foreshock.monitor.operands import Operand
+from foreshock.monitor.placement import local_of
+
+__all__ = ["Codes", "Saved", "as_codes", "format_of", "operand_of", "saved_by", "saving_node"]
+
+# A bias that is added apart, or a view, stands between a layer's output and what saved for it.
+_STEPS_TO_NODE: Final = 4
+
+# The types of the quantizers whose one scale covers a tensor, and those of blocks.
+_DELAYED: Final = "Float8Quantizer"
+_BLOCKS: Final = {
+    "Float8BlockQuantizer": "block128_e4m3",
+    "MXFP8Quantizer": "mxfp8_e4m3",
+    "NVFP4Quantizer": "nvfp4",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A tensor of which only FP8 codes are left; transposed or not, they are the same codes.
+
+    Attributes:
+        data: uint8, one an element.
+        scale_inv: What a decoded code is multiplied by; one element.
+    """
+
+    data: torch.Tensor
+    scale_inv: torch.Tensor
+
+
+Saved = torch.Tensor | Codes | None
+
+
+def as_codes(x: object) -> Codes | None:
+    """The codes of a quantized tensor with one scale, or None for anything else."""
+    scale_inv = getattr(x, "_scale_inv", None)
+    data = getattr(x, "_data", None)
+    if data is None:
+        data = getattr(x, "_transpose", None)
+    return _codes(data, scale_inv)
+
+
+def _codes(data: object, scale_inv: object) -> Codes | None:
+    if not isinstance(data, torch.Tensor) or not isinstance(scale_inv, torch.Tensor):
+        return None
+    if data.element_size() != 1 or scale_inv.numel() != 1 or data.numel() == 0:
+        return None
+    return Codes(data.detach(), scale_inv.detach())
+
+
+def saving_node(output: object, name: str) -> Any | None:
+    """The node of the graph with which a layer's autograd function saved its tensors.
+
+    Args:
+        output: What the layer returned.
+        name: Name of the node's type.
+    """
+    result = next(tensors_in(output), None)
+    node = None if result is None else result.grad_fn
+    for _ in range(_STEPS_TO_NODE):
+        if node is None or type(node).__name__ == name:
+            return node
+        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
+    return None
+
+
+def saved_by(node: Any) -> list[Saved]:
+    """The tensors that a node saved, in the order in which the layer lists them.
+
+    Empty where looking would cost something: hooks on saved tensors (checkpointing, offloading)
+    may compute them anew.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return []
+    objects = getattr(node, "tensor_objects", None)
+    if not objects:
+        return []
+    return list(_restored(objects, node.saved_tensors))
+
+
+def _restored(objects: Sequence[object], tensors: Sequence[torch.Tensor | None]) -> Iterator[Saved]:
+    position = 0
+    for item in objects:
+        if item is None:
+            tensor = tensors[position]
+            yield tensor if as_codes(tensor) is None else as_codes(tensor)
+            position += 1
+        elif type(item).__name__ in ("Float8TensorStorage", "Float8Tensor"):
+            # Saved as data, transpose and inverse scale; either of the first two may be missing.
+            data, transpose, scale_inv = tensors[position : position + 3]
+            yield _codes(transpose if data is None else data, scale_inv)
+            position += 3
+        else:
+            # How many tensors another kind of storage saved is its own business.
+            return
+
+
+def format_of(quantizer: object) -> tuple[str, str]:
+    """Format and granularity in which a quantizer casts."""
+    blocks = _BLOCKS.get(type(quantizer).__name__)
+    if blocks is not None:
+        return blocks, "block"
+    return ("e5m2" if "E5M2" in str(getattr(quantizer, "dtype", "")) else "e4m3"), "tensor"
+
+
+def operand_of(module: nn.Module, quantizer: object, *, cast: bool) -> Operand:
+    """How an operand is cast, with the scale in force.
+
+    Args:
+        module: Its layer.
+        quantizer: Of the operand.
+        cast: Whether the quantizer has cast it already. Current scaling makes its scale then;
+            before, the monitor takes M / amax, as the quantizer will.
+    """
+    format, granularity = format_of(quantizer)
+    delayed = type(quantizer).__name__ == _DELAYED
+    scale = getattr(quantizer, "scale", None) if granularity == "tensor" else None
+    if not isinstance(scale, torch.Tensor) or not (delayed or cast):
+        return Operand(format, None, granularity)
+    return Operand(format, scale.reshape(()), granularity, agreed=delayed and _reduces(module))
+
+
+def _reduces(module: nn.Module) -> bool:
+    recipe = getattr(module, "fp8_meta", {}).get("recipe")
+    return bool(getattr(recipe, "reduce_amax", False))
+
+
+def plain(x: object) -> torch.Tensor | None:
+    """The tensor if it holds values of a floating type, and not codes."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or as_codes(x) is not None:
+        return None
+    return local_of(x)

@@ -110,7 +110,12 @@ class Assembler:
         events = (*events, *self._keep_to_budget(merged, planned))
         if self._rank != 0:
             return None
-        others = tuple(event for event in merged.events if event.rank != self._rank)
+        # Of this process's own non-finite values more is known than a reduction carries.
+        others = tuple(
+            event
+            for event in merged.events
+            if event.kind != "nonfinite" or event.rank != self._rank
+        )
         return self._batch(snapshot, merged, (*snapshot.events, *events, *found, *others))
 
     def _keep_to_budget(self, merged: Merged, planned: bool) -> list[Event]:

@@ -37,6 +37,7 @@ _MAXES: Final = np.array([i for i, how in enumerate(FIELD_REDUCTIONS.values()) i
 _MINS: Final = np.array([i for i, how in enumerate(FIELD_REDUCTIONS.values()) if how == "min"])
 _AMAX: Final = FIELDS.index("amax")
 _SCALE: Final = FIELDS.index("scale_log2")
+_PLAIN: Final = 0.0
 _LARGEST_OF: Final = ("step_seconds", "overhead_ratio")
 """Scalars of which the slowest rank's counts; all others are averaged."""
 
@@ -85,7 +86,8 @@ class Agreement:
 
     Attributes:
         tensors: Identities in order, with features and bins.
-        parameters: Names in order, with the number of processes that hold the same piece.
+        parameters: Names in order, with the number of processes that hold the same piece, or
+            `_PLAIN` where each process that has a number for it has the same one.
         scalars: Names in order.
         first_holder: For each identity, the lowest rank that has it.
     """
@@ -143,8 +145,7 @@ def _place(identity: TensorIdentity) -> tuple[object, ...]:
 
 
 def _copies(shares: Sequence[float | None]) -> float:
-    told = [share for share in shares if share is not None]
-    return told[0] if told else float(len(shares))
+    return next((share for share in shares if share is not None), _PLAIN)
 
 
 def words_of(step: RankStep, shares: Mapping[str, float | None]) -> Words:
@@ -220,12 +221,12 @@ def _pack_scalars(step: RankStep, agreement: Agreement) -> tuple[Array, Array]:
 
 
 def _pack_norms(step: RankStep, agreement: Agreement) -> tuple[Array, Array]:
-    squares = [
-        [norms.get(name, 0.0) ** 2 / copies for name, copies in agreement.parameters]
-        for norms in (step.gradients, step.parameters)
-    ]
-    given = [float(bool(step.gradients)), float(bool(step.parameters))]
-    return np.concatenate([*map(np.array, squares), np.array(given)]), np.zeros(0)
+    parts = []
+    for norms in (step.gradients, step.parameters):
+        given = [(norms.get(name), copies) for name, copies in agreement.parameters]
+        parts.append([0.0 if norm is None else norm**2 / (copies or 1.0) for norm, copies in given])
+        parts.append([float(norm is not None) for norm, _ in given])
+    return np.concatenate([np.array(part, dtype=float) for part in parts]), np.zeros(0)
 
 
 def _pack_tensors(step: RankStep, agreement: Agreement) -> tuple[Array, Array]:
@@ -338,18 +339,7 @@ def unpack(sums: Array, maxes: Array, agreement: Agreement, *, tensors: bool) ->
         for name, value, count, top in zip(names, values, given, most, strict=True)
         if count > 0
     }
-    count = len(agreement.parameters)
-    squares = [added.take(count), added.take(count)]
-    some = added.take(2) > 0
-    gradients, parameters = (
-        {
-            name: float(np.sqrt(square))
-            for (name, _), square in zip(agreement.parameters, group, strict=True)
-        }
-        if there
-        else {}
-        for group, there in zip(squares, some, strict=True)
-    )
+    gradients, parameters = (_norms(added, agreement) for _ in range(2))
     table, events = _unpack_tensors(added, largest, agreement) if tensors else (None, ())
     return Merged(
         int(latest),
@@ -365,6 +355,15 @@ def unpack(sums: Array, maxes: Array, agreement: Agreement, *, tensors: bool) ->
     )
 
 
+def _norms(added: _Reader, agreement: Agreement) -> dict[str, float]:
+    count = len(agreement.parameters)
+    squares, given = added.take(count), added.take(count)
+    told = np.array([copies for _, copies in agreement.parameters])
+    norms = np.sqrt(squares / np.where(told == _PLAIN, np.maximum(given, 1.0), 1.0))
+    names = (name for name, _ in agreement.parameters)
+    return {n: float(v) for n, v, there in zip(names, norms, given, strict=True) if there > 0}
+
+
 def _scalar(name: str, total: float, count: float, largest: float) -> float:
     if name in _LARGEST_OF and not np.isnan(total):
         return float(largest)
@@ -376,13 +375,13 @@ def _unpack_tensors(
 ) -> tuple[SumTable, tuple[Event, ...]]:
     rows = len(agreement.tensors)
     values = np.tile(NEUTRAL, (rows, 1))
-    values[:, _SUMS] = added.take(rows * len(_SUMS)).reshape(rows, -1)
+    values[:, _SUMS] = added.take(rows * len(_SUMS)).reshape(rows, len(_SUMS))
     compared, counts = added.take(rows * 2).reshape(rows, 2), added.take(rows * 2).reshape(rows, 2)
     channels = [added.take(features) for _, features, _ in agreement.tensors]
     blocks = [added.take(bins) for _, _, bins in agreement.tensors]
     _, holders = _unkey(largest.take(rows))
-    values[:, _MAXES] = largest.take(rows * len(_MAXES)).reshape(rows, -1)
-    values[:, _MINS] = -largest.take(rows * len(_MINS)).reshape(rows, -1)
+    values[:, _MAXES] = largest.take(rows * len(_MAXES)).reshape(rows, len(_MAXES))
+    values[:, _MINS] = -largest.take(rows * len(_MINS)).reshape(rows, len(_MINS))
     first = largest.take(rows)
     highest, lowest = (
         largest.take(rows * 2).reshape(rows, 2),
@@ -436,7 +435,8 @@ def _disagreements(
         mean = total / counts
     for row, column in np.argwhere((counts > 1) & (spread > _TOLERANCE)):
         high, low = most[row, column], -least[row, column]
-        above = high - mean[row, column] >= mean[row, column] - low
+        # Of two peers neither is farther from their mean; then it is the larger one.
+        above = high - mean[row, column] >= mean[row, column] - low - _TOLERANCE
         rank = most_rank[row, column] if above else least_rank[row, column]
         identity = entries[row].identity
         value, peers = high if above else low, counts[row, column]

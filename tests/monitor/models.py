@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -62,7 +63,7 @@ def batches(step: int, micro_batches: int) -> list[torch.Tensor]:
 
 
 def train(
-    model: nn.Module,
+    model: Callable[..., Any],
     optimizer: torch.optim.Optimizer,
     *,
     steps: int = 4,
@@ -78,7 +79,7 @@ def train(
             _, loss = model(tokens[:, :-1], tokens[:, 1:])
             losses.append(float(loss.detach()))
             (loss / micro_batches).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return losses

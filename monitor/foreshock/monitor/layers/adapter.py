@@ -88,16 +88,27 @@ class HookContext:
         self.begins = begins
         self._guard = guard
         self._calls: dict[str, int] = {}
+        # Calls in training mode that kept no graph, since the model's forward began.
+        self._without_graph: dict[nn.Module, int] = {}
 
-    @staticmethod
-    def counts(module: nn.Module) -> bool:
-        """Whether this call is training: neither evaluation nor a checkpoint's recomputation."""
-        return (
-            module.training
-            and torch.is_grad_enabled()
-            # Inside a backward pass a forward runs only to recompute what was not kept.
-            and torch._C._current_graph_task_id() == -1
-        )
+    def counts(self, module: nn.Module) -> bool:
+        """Whether this call is training, and the one of its kind: asked once per call.
+
+        Evaluation is none. Activation checkpoints run a layer again inside the backward pass: where
+        the first run kept a graph, the second is a repetition; where it did not (reentrant
+        checkpoints run it without gradients), the second is the one that gradients come through.
+        """
+        if not module.training:
+            return False
+        if not torch.is_grad_enabled():
+            self._without_graph[module] = self._without_graph.get(module, 0) + 1
+            return False
+        # Inside a backward pass a forward runs only to recompute what was not kept.
+        if torch._C._current_graph_task_id() == -1:
+            return True
+        waiting = self._without_graph.get(module, 0)
+        self._without_graph[module] = max(waiting - 1, 0)
+        return waiting > 0
 
     def next_call(self, name: str) -> int:
         """0-based count of the layer's calls within the micro-batch."""
@@ -108,6 +119,7 @@ class HookContext:
     def new_micro_batch(self) -> None:
         """Count calls from 0 again."""
         self._calls = {}
+        self._without_graph = {}
 
     def hook(
         self, function: Callable[..., None], traced: Callable[..., None] | None = None

@@ -249,7 +249,8 @@ def test_gradient_inside_the_layer_that_updates_all_scales(
     before = _scales(run.model)
     spy.rows.clear()
     run.steps(1)
-    for layer, module in run.model.named_children():
+    layers: dict[str, Any] = dict(run.model.named_children())
+    for layer, module in layers.items():
         row = spy.rows[f"{layer}.fc1", "grad_output", "history"]
         assert row["amax"] == float(module.fp8_meta["scaling_bwd"].amax_history[-1, 0])
         assert row["scale_log2"] == pytest.approx(math.log2(float(before[f"{layer} bwd"][0])))

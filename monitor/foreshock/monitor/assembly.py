@@ -131,7 +131,7 @@ class Assembler:
         # Other processes may be a few steps ahead of this worker; all change at the same one.
         start = merged.step + (_STEPS_AHEAD if merged.ranks > 1 else 1)
         self._plans.add(start, plan)
-        share = self._budget.expected(plan)
+        share = self._budget.expected
         detail = f"tensors {plan} from step {start} on; {share:.2%} of the step time expected"
         return [Event("budget", detail=detail)]
 

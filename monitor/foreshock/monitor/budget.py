@@ -67,6 +67,10 @@ class Budget:
         share: Largest allowed cost as a share of the step time without it.
         plan: The plan to begin with.
 
+    Attributes:
+        plan: The plan in force.
+        expected: Cost share that it was chosen for.
+
     Raises:
         ValueError: share is not between 0 and 1.
     """
@@ -76,6 +80,7 @@ class Budget:
             raise ValueError(f"budget is {share}; allowed: above 0 and below 1, e.g. 0.01 for 1 %")
         self.share = share
         self.plan = plan
+        self.expected = 0.0
         self._fixed: deque[float] = deque(maxlen=_WINDOW)
         self._measured: deque[float] = deque(maxlen=_WINDOW)
         self._seconds: deque[float] = deque(maxlen=_WINDOW)
@@ -96,11 +101,12 @@ class Budget:
         plan = self._fit()
         if plan == self.plan or not self._worth(plan):
             return None
+        self.expected = self._cost_of(plan)
         self.plan = plan
         self._measured.clear()
         return plan
 
-    def expected(self, plan: Plan) -> float:
+    def _cost_of(self, plan: Plan) -> float:
         """Cost share of a plan, from the costs so far."""
         seconds, fixed, full = self._costs()
         part = plan.sampling.tensors / plan.sampling.row_stride
@@ -124,7 +130,7 @@ class Budget:
         return Plan(Cadence(int(every)), Sampling(round(tensors, 2), int(stride)))
 
     def _worth(self, plan: Plan) -> bool:
-        if self.expected(self.plan) > self.share:
+        if self._cost_of(self.plan) > self.share:
             return True
         # Measuring more often is worth a change only if it is a good deal more often.
         old, new = self.plan, plan

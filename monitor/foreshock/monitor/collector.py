@@ -79,7 +79,7 @@ class Collector(ops.Receiver):
     Attributes:
         measuring: Whether tensors are measured in full.
         sampling: Which share of tensors and rows is measured.
-        skipped: Tensors of which nothing could be said.
+        skipped: Layer and role of tensors of which nothing could be said.
         handle: Under which a compiled graph reaches this collector.
         on_begin: Called when a training forward pass of the model begins inside a graph.
         on_loss: Called with the loss that a graph computed.
@@ -92,7 +92,7 @@ class Collector(ops.Receiver):
         self.on_loss: Callable[[torch.Tensor], None] = _nothing
         self.measuring = False
         self.sampling = Sampling()
-        self.skipped = 0
+        self.skipped: set[tuple[str, str]] = set()
         self.handle = ops.register(self)
         self._probe = probe
         self._what_if = what_if
@@ -188,7 +188,7 @@ class Collector(ops.Receiver):
         """
         held = part_of(x)
         if held is None:
-            self.skipped += 1
+            self.skipped.add((layer, role))
             return
         local, part = held
         identity = TensorIdentity(
@@ -227,7 +227,7 @@ class Collector(ops.Receiver):
             TensorIdentity(layer, role, format, call_index), self.micro_batch, WHOLE, "codes"
         )
         if self._rows is None:
-            self.skipped += 1
+            self.skipped.add((layer, role))
         else:
             self._rows.add_codes(entry, codes, scale_inv)
 
@@ -252,7 +252,7 @@ class Collector(ops.Receiver):
         elif self._rows is not None:
             self._rows.add(entry, x, operand.scale)
         elif self.recording:
-            self.skipped += 1
+            self.skipped.add((entry.identity.layer, entry.identity.role))
             return
         else:
             self._stack.add(x, operand)

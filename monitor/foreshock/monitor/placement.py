@@ -43,9 +43,11 @@ WHOLE: Final = Part()
 def part_of(x: torch.Tensor) -> tuple[torch.Tensor, Part] | None:
     """The local piece of a tensor and what it stands for.
 
-    Plain tensors are whole. None where no statement about the tensor can be made from pieces: a
-    sum that is still to be reduced, or a subclass other than DTensor (codes, nested tensors).
+    Plain tensors are whole. None where nothing can be said: a sum that is still to be reduced, a
+    subclass other than DTensor (codes, nested tensors), or no dense floating numbers.
     """
+    if not (x.is_floating_point() and x.layout is torch.strided) or x.is_meta:
+        return None
     if type(x) in _PLAIN:
         return x, WHOLE
     if not _is_dtensor(x):

@@ -212,6 +212,7 @@ class Watch:
             _LOGGER.info("the model has run compiled; it is compiled anew, with the hooks")
         self._captured_losses: list[torch.Tensor] = []
         self._modules = _count(self._model)
+        self._told: set[tuple[str, str]] = set()
         self._start_collecting()
         self._gradients = GradientNorms(names, self._guard)
         self._parameters = Parameters(names)
@@ -395,6 +396,7 @@ class Watch:
         self._gradients.start_step()
         if not step.losses:
             step.losses = [loss.clone() for loss in self._captured_losses]
+        self._tell_skipped(step)
         self._ended = step
         self._time_step(step)
         if self._rate is not None:
@@ -407,6 +409,14 @@ class Watch:
         # On a GPU reading every parameter is a cost that belongs to the cadence.
         if step.measured or self.device.type == "cpu":
             step.parameters = self._parameters.norms()
+
+    def _tell_skipped(self, step: Step) -> None:
+        new = self._collector.skipped - self._told
+        if new:
+            self._told |= new
+            names = ", ".join(f"{role} of {layer}" for layer, role in sorted(new))
+            detail = f"neither dense floating tensors nor pieces of some: {names}"[:500]
+            step.events.append(Event("not_measured", rank=self._rank, detail=detail))
 
     def _look_for_new_layers(self) -> None:
         """Watch layers that came after the watch; asked where tensors are measured anyway."""

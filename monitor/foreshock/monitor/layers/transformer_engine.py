@@ -360,7 +360,7 @@ class _Grouped(_Layer):
         result = next(tensors_in(output), None)
         held = plain(x)
         if held is None or not isinstance(splits, list):
-            self.collector.skipped += 1
+            self.collector.skipped.add((self.name, "input"))
             return
         self._pieces(call, "input", held, splits)
         for expert in range(len(splits)):

@@ -344,7 +344,8 @@ def _program(name: str) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PYTEST_VERSION": "subprocess"},
+        # FP8 attention has no deterministic backward pass.
+        env=os.environ | {"PYTEST_VERSION": "-", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))

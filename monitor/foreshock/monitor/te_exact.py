@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
-from foreshock.monitor.layers.adapter import HookContext
+from foreshock.monitor.layers.adapter import Hook, HookContext
 from foreshock.monitor.layers.te_operands import operand_of, plain
 from foreshock.monitor.operands import DTYPE_FORMATS, Operand
 
@@ -31,12 +31,16 @@ class _Watched:
     Attributes:
         name: In records.
         context: Of the watch.
+        measure: `_measure`, guarded.
         runs: Whether the exact path runs in the debug iteration in progress.
+        counts: Whether the forward pass in progress is training, and no recomputation.
     """
 
     name: str
     context: HookContext
+    measure: Hook
     runs: bool = False
+    counts: bool = False
 
 
 _LAYERS: Final[WeakKeyDictionary[nn.Module, _Watched]] = WeakKeyDictionary()
@@ -46,7 +50,7 @@ _FOUND: Final[dict[str, ref[nn.Module]]] = {}
 
 def register(module: nn.Module, name: str, context: HookContext) -> None:
     """A watch hangs on a layer; a later one takes its place."""
-    _LAYERS[module] = _Watched(name, context)
+    _LAYERS[module] = _Watched(name, context, context.hook(_measure))
     _FOUND.clear()
 
 
@@ -79,7 +83,12 @@ def enabled(layer: str, tensor: str, iteration: int, every: int) -> tuple[bool, 
     if found is None:
         # The watch may come later.
         return False, iteration + 1
-    watched = found[1]
+    module, watched, _ = found
+    # Asked here, because inside the layer's autograd function gradients are switched off. What
+    # runs inside a backward pass repeats a forward pass.
+    forward = torch._C._current_graph_task_id() == -1
+    watched.counts = module.training and torch.is_grad_enabled() and forward
+    # A recomputation must take the way of the pass that it repeats.
     watched.runs = iteration % every == 0 and watched.context.collector.measuring
     return watched.runs, iteration - iteration % every + every
 
@@ -90,13 +99,8 @@ def inspect(layer: str, tensor: str, x: torch.Tensor, quantizer: Any) -> None:
     if found is None:
         return
     module, watched, name = found
-    # In a backward pass only the gradient is new; inputs and weights are a recomputation.
-    in_backward = torch._C._current_graph_task_id() != -1
-    if not module.training or in_backward != (tensor == "gradient"):
-        return
-    if tensor != "gradient" and not torch.is_grad_enabled():
-        return
-    watched.context.hook(lambda: _measure(watched, module, name, tensor, x, quantizer))()
+    if module.training if tensor == "gradient" else watched.counts:
+        watched.measure(watched, module, name, tensor, x, quantizer)
 
 
 def _measure(

@@ -48,6 +48,7 @@ class History:
 
     def __init__(self, context: HookContext) -> None:
         self._context = context
+        self._flush = context.hook(self.flush)
         self._waiting: list[tuple[Sequence[TensorIdentity], torch.Tensor]] = []
         self._count = 0
         self._scheduled = False
@@ -72,7 +73,7 @@ class History:
         if not self._scheduled:
             self._scheduled = True
             engine = Variable._execution_engine
-            engine.queue_callback(self._context.hook(self.flush))
+            engine.queue_callback(self._flush)
 
     def flush(self) -> None:
         """Hand the rows to the collector."""

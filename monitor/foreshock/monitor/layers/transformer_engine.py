@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -224,6 +225,8 @@ class _Gemms(_Layer):
     def __init__(self, name: str, context: HookContext, history: History, kind: _Kind) -> None:
         super().__init__(name, context, history)
         self._kind = kind
+        # Made once: a hook costs more to make than to call.
+        self._come, self._go = context.hook(_Gradients.came), context.hook(_Gradients.went)
 
     def look(
         self, call: _Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
@@ -272,10 +275,10 @@ class _Gemms(_Layer):
 
     def _await_gradients(self, call: _Call, result: torch.Tensor, node: Any) -> None:
         gradients = _Gradients(call, self._kind.gemms)
-        result.register_hook(self.context.hook(gradients.came))  # type: ignore[no-untyped-call]
+        result.register_hook(partial(self._come, gradients))  # type: ignore[no-untyped-call]
         if node is not None and call.fp8 and self.collector.measuring and gradients.inner:
             gradients.updates = bool(getattr(node, "reduce_and_update_bwd_fp8_tensors", False))
-            node.register_hook(self.context.hook(gradients.went))
+            node.register_hook(partial(self._go, gradients))
 
 
 class _Gradients:
@@ -351,6 +354,10 @@ class _Grouped(_Layer):
     It keeps three quantizers per GEMM forward (input, weight, output) and two backward.
     """
 
+    def __init__(self, name: str, context: HookContext, history: History) -> None:
+        super().__init__(name, context, history)
+        self._come = context.hook(self._gradient_came)
+
     def look(
         self, call: _Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
     ) -> None:
@@ -370,8 +377,10 @@ class _Grouped(_Layer):
                 quantizer = call.quantizer("scaling_fwd", expert * 3 + 1)
                 call.values(name, "weight", weight, call.operand(quantizer, weight, cast=True))
         if result is not None and result.requires_grad:
-            come = self.context.hook(lambda g: self._pieces(call, "grad_output", g, splits))
-            result.register_hook(come)  # type: ignore[no-untyped-call]
+            result.register_hook(partial(self._come, call, splits))  # type: ignore[no-untyped-call]
+
+    def _gradient_came(self, call: _Call, splits: list[int], gradient: torch.Tensor) -> None:
+        self._pieces(call, "grad_output", gradient, splits)
 
     def _pieces(self, call: _Call, role: str, x: torch.Tensor, splits: list[int]) -> None:
         forward = role == "input"
@@ -387,6 +396,10 @@ class _Attention(_Layer):
 
     Probabilities exist only inside the kernel. Attention in 16 bits casts nothing and is left out.
     """
+
+    def __init__(self, name: str, context: HookContext, history: History) -> None:
+        super().__init__(name, context, history)
+        self._come = context.hook(self._gradient_came)
 
     def look(
         self, call: _Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
@@ -408,9 +421,11 @@ class _Attention(_Layer):
         call.kept([(self.name, "attention_probs", probabilities)])
         result = next(tensors_in(output), None)
         if result is not None and result.requires_grad:
-            # Nothing to measure: rows are made at the end of the pass that this one belongs to.
-            hook = self.context.hook(lambda _: self.history.schedule())
-            result.register_hook(hook)  # type: ignore[no-untyped-call]
+            result.register_hook(self._come)  # type: ignore[no-untyped-call]
+
+    def _gradient_came(self, gradient: torch.Tensor) -> None:
+        # Nothing to measure: rows are made at the end of the backward pass that has begun.
+        self.history.schedule()
 
 
 def _at(saved: Sequence[Saved], position: int) -> Saved:

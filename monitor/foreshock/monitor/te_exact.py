@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from foreshock.monitor.layers.adapter import Hook, HookContext
-from foreshock.monitor.layers.te_operands import operand_of, plain
+from foreshock.monitor.layers.te_operands import Cast, plain
 from foreshock.monitor.operands import DTYPE_FORMATS, Operand
 
 __all__ = ["enabled", "inspect", "register", "step", "took_over"]
@@ -112,7 +112,7 @@ def _measure(
     if quantizer is None:
         operand = Operand(DTYPE_FORMATS.get(values.dtype, "fp32"), None)
     else:
-        operand = operand_of(module, quantizer, cast=True)
+        operand = Cast.of(module, quantizer).after
     collector.observe(name, role, values, operand, source="exact")
 
 

@@ -8,7 +8,7 @@ all layers at once at the end of the backward pass. The host waits for nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch.autograd import Variable
@@ -54,19 +54,18 @@ class History:
         self._scheduled = False
         self._constants: tuple[tuple[str, ...], torch.Tensor, torch.Tensor] | None = None
 
-    def add(self, identities: Sequence[TensorIdentity], amax_and_scale: Sequence[Any]) -> None:
+    def add(self, identities: Sequence[TensorIdentity], amax_and_scale: list[torch.Tensor]) -> None:
         """Copy what is in force now.
 
         Args:
             identities: One per tensor.
-            amax_and_scale: Of each tensor in turn; one element each, on the device.
+            amax_and_scale: Of each tensor in turn; 0-dim, on the device.
         """
         if torch._C._current_graph_task_id() == -1:
             self._scheduled = False
         if self._count < _MOST_WAITING:
             self._count += len(identities)
-            kept = torch.stack([value.detach().reshape(()) for value in amax_and_scale])
-            self._waiting.append((identities, kept))
+            self._waiting.append((identities, torch.stack(amax_and_scale)))
 
     def schedule(self) -> None:
         """Make the rows once the backward pass that is running has ended."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from foreshock.monitor.layers.adapter import tensors_in
 from foreshock.monitor.operands import Operand
 from foreshock.monitor.placement import local_of
 
-__all__ = ["Codes", "Saved", "as_codes", "format_of", "operand_of", "saved_by", "saving_node"]
+__all__ = ["Cast", "Codes", "Saved", "as_codes", "format_of", "plain", "saved_by", "saving_node"]
 
 # A bias that is added apart, or a view, stands between a layer's output and what saved for it.
 _STEPS_TO_NODE: Final = 4
@@ -50,6 +50,8 @@ Saved = torch.Tensor | Codes | None
 
 def as_codes(x: object) -> Codes | None:
     """The codes of a quantized tensor with one scale, or None for anything else."""
+    if type(x) in (torch.Tensor, nn.Parameter):
+        return None
     scale_inv = getattr(x, "_scale_inv", None)
     data = getattr(x, "_data", None)
     if data is None:
@@ -62,7 +64,7 @@ def _codes(data: object, scale_inv: object) -> Codes | None:
         return None
     if data.element_size() != 1 or scale_inv.numel() != 1 or data.numel() == 0:
         return None
-    return Codes(data.detach(), scale_inv.detach())
+    return Codes(data, scale_inv)
 
 
 def saving_node(output: object, name: str) -> Any | None:
@@ -99,8 +101,7 @@ def _restored(objects: Sequence[object], tensors: Sequence[torch.Tensor | None])
     position = 0
     for item in objects:
         if item is None:
-            tensor = tensors[position]
-            yield tensor if as_codes(tensor) is None else as_codes(tensor)
+            yield _codes_or_self(tensors[position])
             position += 1
         elif type(item).__name__ in ("Float8TensorStorage", "Float8Tensor"):
             # Saved as data, transpose and inverse scale; either of the first two may be missing.
@@ -112,6 +113,11 @@ def _restored(objects: Sequence[object], tensors: Sequence[torch.Tensor | None])
             return
 
 
+def _codes_or_self(x: torch.Tensor | None) -> Saved:
+    # Most are plain, and asking a plain tensor for what it does not have is slow.
+    return x if x is None or type(x) in (torch.Tensor, nn.Parameter) else as_codes(x) or x
+
+
 def format_of(quantizer: object) -> tuple[str, str]:
     """Format and granularity in which a quantizer casts."""
     blocks = _BLOCKS.get(type(quantizer).__name__)
@@ -120,21 +126,53 @@ def format_of(quantizer: object) -> tuple[str, str]:
     return ("e5m2" if "E5M2" in str(getattr(quantizer, "dtype", "")) else "e4m3"), "tensor"
 
 
-def operand_of(module: nn.Module, quantizer: object, *, cast: bool) -> Operand:
-    """How an operand is cast, with the scale in force.
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """How one quantizer casts, worked out once for as long as it keeps its tensors.
 
-    Args:
-        module: Its layer.
-        quantizer: Of the operand.
-        cast: Whether the quantizer has cast it already. Current scaling makes its scale then;
-            before, the monitor takes M / amax, as the quantizer will.
+    Attributes:
+        quantizer: Of whom this is said.
+        held: Its own scale and largest magnitude.
+        amax, scale: The same, 0-dim; None where it does not keep one of each.
+        delayed: Whether the scale in force was made before.
+        before, after: The operand before and after it has been cast. Current scaling makes its
+            scale with the cast; before, the monitor takes M / amax, as the quantizer will.
     """
-    format, granularity = format_of(quantizer)
-    delayed = type(quantizer).__name__ == _DELAYED
-    scale = getattr(quantizer, "scale", None) if granularity == "tensor" else None
-    if not isinstance(scale, torch.Tensor) or not (delayed or cast):
-        return Operand(format, None, granularity)
-    return Operand(format, scale.reshape(()), granularity, agreed=delayed and _reduces(module))
+
+    quantizer: Any
+    held: tuple[object, object]
+    amax: torch.Tensor | None
+    scale: torch.Tensor | None
+    delayed: bool
+    before: Operand
+    after: Operand
+
+    @classmethod
+    def of(cls, module: nn.Module, quantizer: Any) -> Self:
+        """Ask a quantizer of a layer."""
+        format, granularity = format_of(quantizer)
+        delayed = type(quantizer).__name__ == _DELAYED
+        held = getattr(quantizer, "amax", None), getattr(quantizer, "scale", None)
+        amax, scale = (_one(value) if granularity == "tensor" else None for value in held)
+        agreed = delayed and _reduces(module)
+        after = Operand(format, scale, granularity, agreed=agreed)
+        before = after if delayed else Operand(format, None, granularity)
+        return cls(quantizer, held, amax, scale, delayed, before, after)
+
+    @property
+    def current(self) -> bool:
+        """Whether it still holds; a quantizer may be given other tensors."""
+        amax, scale = self.held
+        quantizer = self.quantizer
+        return (
+            getattr(quantizer, "amax", None) is amax and getattr(quantizer, "scale", None) is scale
+        )
+
+
+def _one(value: object) -> torch.Tensor | None:
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        return None
+    return value.detach().reshape(())
 
 
 def _reduces(module: nn.Module) -> bool:
@@ -144,6 +182,8 @@ def _reduces(module: nn.Module) -> bool:
 
 def plain(x: object) -> torch.Tensor | None:
     """The tensor if it holds values of a floating type, and not codes."""
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or as_codes(x) is not None:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         return None
-    return local_of(x)
+    if type(x) in (torch.Tensor, nn.Parameter):
+        return x
+    return None if as_codes(x) is not None else local_of(x)

@@ -26,11 +26,10 @@ from foreshock.monitor import te_exact
 from foreshock.monitor.layers.adapter import HookContext, tensors_in
 from foreshock.monitor.layers.te_history import History
 from foreshock.monitor.layers.te_operands import (
+    Cast,
     Codes,
     Saved,
     as_codes,
-    format_of,
-    operand_of,
     plain,
     saved_by,
     saving_node,
@@ -134,6 +133,30 @@ class _Layer:
         self.context = context
         self.collector = context.collector
         self.history = history
+        self._casts: dict[tuple[str, int], Cast] = {}
+        self._identities: dict[tuple[str, str, str, int], TensorIdentity] = {}
+
+    def cast(self, module: nn.Module, direction: str, position: int) -> Cast | None:
+        """How the quantizer at a position casts; None if there is none."""
+        known = getattr(module, "quantizers", {}).get(direction) or ()
+        if position >= len(known):
+            return None
+        found = self._casts.get((direction, position))
+        if found is None or found.quantizer is not known[position] or not found.current:
+            found = Cast.of(module, known[position])
+            self._casts[direction, position] = found
+        return found
+
+    def identity(self, layer: str, role: str, cast: Cast, index: int) -> TensorIdentity:
+        """The row of a tensor that is cast so."""
+        format = cast.after.format
+        key = layer, role, format, index
+        found = self._identities.get(key)
+        if found is None:
+            granularity = cast.after.granularity
+            found = TensorIdentity(layer, role, format, index, granularity=granularity)
+            self._identities[key] = found
+        return found
 
     def ran(
         self,
@@ -170,53 +193,48 @@ class _Call:
         """Whether it ran in FP8; a layer knows since its forward pass."""
         return bool(getattr(self.module, "fp8", False))
 
-    def quantizer(self, direction: str, position: int) -> Any:
-        """A quantizer of the layer, or None."""
-        known = getattr(self.module, "quantizers", {}).get(direction) or ()
-        return known[position] if position < len(known) else None
+    def cast(self, direction: str, position: int) -> Cast | None:
+        """How the quantizer at a position casts, or None."""
+        return self.layer.cast(self.module, direction, position)
 
-    def operand(self, quantizer: Any, x: torch.Tensor, *, cast: bool) -> Operand:
-        """How a tensor is cast."""
-        if not self.fp8 or quantizer is None:
+    def values(
+        self, layer: str, role: str, x: torch.Tensor, cast: Cast | None, *, before: bool = False
+    ) -> None:
+        """Measure a tensor, after its cast unless told otherwise."""
+        if cast is None or not self.fp8:
             compute = getattr(self.module, "activation_dtype", x.dtype)
-            return Operand(DTYPE_FORMATS.get(compute, "fp32"), None)
-        return operand_of(self.module, quantizer, cast=cast)
-
-    def values(self, layer: str, role: str, x: torch.Tensor, operand: Operand) -> None:
-        """Measure a tensor."""
+            operand = Operand(DTYPE_FORMATS.get(compute, "fp32"), None)
+        else:
+            operand = cast.before if before else cast.after
         self.layer.collector.observe(layer, role, x, operand, call_index=self.index)
 
-    def codes(self, layer: str, role: str, codes: Codes, quantizer: Any) -> None:
+    def codes(self, layer: str, role: str, codes: Codes, cast: Cast | None) -> None:
         """Measure the codes of a tensor."""
-        self.layer.collector.observe_codes(
-            layer,
-            role,
-            codes.data,
-            format=format_of(quantizer)[0],
-            scale_inv=codes.scale_inv,
-            call_index=self.index,
-        )
+        if cast is not None:
+            self.layer.collector.observe_codes(
+                layer,
+                role,
+                codes.data,
+                format=cast.after.format,
+                scale_inv=codes.scale_inv,
+                call_index=self.index,
+            )
 
-    def kept(self, rows: Sequence[tuple[str, str, Any]]) -> None:
-        """Keep largest magnitudes and scales in force, of tensors by layer, role, quantizer."""
-        known = [row for row in rows if _keeps_amax(row[2])]
-        if known and self.layer.collector.measuring and not self.layer.collector.recording:
-            identities = [self.identity(layer, role, q) for layer, role, q in known]
-            self.layer.history.add(identities, [v for _, _, q in known for v in (q.amax, q.scale)])
-
-    def identity(self, layer: str, role: str, quantizer: Any) -> TensorIdentity:
-        """The row of a tensor that a quantizer casts."""
-        format, granularity = format_of(quantizer)
-        return TensorIdentity(layer, role, format, self.index, granularity=granularity)
+    def kept(self, rows: Sequence[tuple[str, str, Cast | None]]) -> None:
+        """Keep largest magnitudes and scales in force, of tensors by layer and role."""
+        if not self.layer.collector.measuring or self.layer.collector.recording:
+            return
+        identities, values = [], []
+        for layer, role, cast in rows:
+            if cast is not None and cast.amax is not None and cast.scale is not None:
+                identities.append(self.layer.identity(layer, role, cast, self.index))
+                values += [cast.amax, cast.scale]
+        if identities:
+            self.layer.history.add(identities, values)
 
     def weighs(self, layer: str) -> bool:
         """Whether the layer's weight is still to be measured in this step."""
         return self.layer.collector.weighs(layer)
-
-
-def _keeps_amax(quantizer: Any) -> bool:
-    kept = getattr(quantizer, "amax", None), getattr(quantizer, "scale", None)
-    return all(isinstance(value, torch.Tensor) and value.numel() == 1 for value in kept)
 
 
 class _Gemms(_Layer):
@@ -240,8 +258,8 @@ class _Gemms(_Layer):
         for place in self._kind.gemms:
             held = given if place.takes_input else _at(saved, place.saved_input)
             if not self._input(call, place, held, _at(saved, place.saved_input)):
-                quantizer = call.quantizer("scaling_fwd", place.input)
-                unseen.append((self.name + place.suffix, "input", quantizer))
+                cast = call.cast("scaling_fwd", place.input)
+                unseen.append((self.name + place.suffix, "input", cast))
             self._weight(call, place, _at(saved, place.saved_weight))
         if call.fp8:
             call.kept(unseen)
@@ -250,28 +268,29 @@ class _Gemms(_Layer):
 
     def _input(self, call: _Call, place: GemmPlace, held: Saved, spare: Saved) -> bool:
         """Measure the input; False if its values are nowhere to be had."""
-        name, quantizer = self.name + place.suffix, call.quantizer("scaling_fwd", place.input)
+        name, cast = self.name + place.suffix, call.cast("scaling_fwd", place.input)
         x = plain(held)
         if x is not None:
-            call.values(name, "input", x, call.operand(quantizer, x, cast=True))
+            call.values(name, "input", x, cast)
             return True
         codes = held if isinstance(held, Codes) else as_codes(held) or spare
         if isinstance(codes, Codes):
-            call.codes(name, "input", codes, quantizer)
+            call.codes(name, "input", codes, cast)
         return False
 
     def _weight(self, call: _Call, place: GemmPlace, saved: Saved) -> None:
-        name, quantizer = self.name + place.suffix, call.quantizer("scaling_fwd", place.weight)
+        name = self.name + place.suffix
         if not self.collector.measuring or not call.weighs(name):
             return
+        cast = call.cast("scaling_fwd", place.weight)
         # One tensor even where the layer keeps query, key and value weights apart.
         if isinstance(saved, Codes):
-            call.codes(name, "weight", saved, quantizer)
+            call.codes(name, "weight", saved, cast)
         elif saved is not None:
-            call.values(name, "weight", saved, call.operand(quantizer, saved, cast=True))
+            call.values(name, "weight", saved, cast)
         else:
             for weight in _weights(call.module, place.suffix):
-                call.values(name, "weight", weight, call.operand(quantizer, weight, cast=True))
+                call.values(name, "weight", weight, cast)
 
     def _await_gradients(self, call: _Call, result: torch.Tensor, node: Any) -> None:
         gradients = _Gradients(call, self._kind.gemms)
@@ -300,47 +319,39 @@ class _Gradients:
     def came(self, gradient: torch.Tensor) -> None:
         """Before the layer's backward pass."""
         call = self._call
-        for place in self._outer:
-            quantizer = call.quantizer("scaling_bwd", place.gradient)
-            x = plain(gradient)
-            if x is not None:
-                operand = call.operand(quantizer, x, cast=False)
-                call.values(call.layer.name + place.suffix, "grad_output", x, operand)
+        x = plain(gradient)
+        if x is not None:
+            for place in self._outer:
+                cast = call.cast("scaling_bwd", place.gradient)
+                call.values(call.layer.name + place.suffix, "grad_output", x, cast, before=True)
         if call.layer.collector.measuring and not call.layer.collector.recording:
-            self._scales = [
-                quantizer.scale.detach().clone()
-                for quantizer in self._inner_quantizers()
-                if _keeps_amax(quantizer)
-            ]
+            # The scale in force, which the pass may replace.
+            self._scales = [cast.scale.clone() for cast in self._inner_casts()]
             call.layer.history.schedule()
 
     def went(self, *_: object) -> None:
         """After it."""
-        call = self._call
-        quantizers = [q for q in self._inner_quantizers() if _keeps_amax(q)]
-        if not call.layer.collector.measuring or len(quantizers) != len(self._scales):
+        call, casts = self._call, self._inner_casts()
+        if not call.layer.collector.measuring or len(casts) != len(self._scales):
             return
         identities, values = [], []
-        for place, quantizer, before in zip(self.inner, quantizers, self._scales, strict=True):
-            amax = self._amax(place, quantizer)
+        for place, cast, before in zip(self.inner, casts, self._scales, strict=True):
+            amax = self._amax(place, cast)
             if amax is not None:
                 name = call.layer.name + place.suffix
-                identities.append(call.identity(name, "grad_output", quantizer))
+                identities.append(call.layer.identity(name, "grad_output", cast, call.index))
                 # Current scaling makes its scale during the pass.
-                scale = before if self._delayed(quantizer) else quantizer.scale
-                values += [amax, scale]
+                values += [amax, before if cast.delayed else cast.scale]
         if identities:
             call.layer.history.add(identities, values)
 
-    def _inner_quantizers(self) -> list[Any]:
-        return [self._call.quantizer("scaling_bwd", place.gradient) for place in self.inner]
+    def _inner_casts(self) -> list[Any]:
+        casts = [self._call.cast("scaling_bwd", place.gradient) for place in self.inner]
+        return [c for c in casts if c is not None and c.amax is not None and c.scale is not None]
 
-    def _delayed(self, quantizer: Any) -> bool:
-        return type(quantizer).__name__ == "Float8Quantizer"
-
-    def _amax(self, place: GemmPlace, quantizer: Any) -> torch.Tensor | None:
-        if not (self.updates and self._delayed(quantizer)):
-            return quantizer.amax  # type: ignore[no-any-return]
+    def _amax(self, place: GemmPlace, cast: Cast) -> torch.Tensor | None:
+        if not (self.updates and cast.delayed):
+            return cast.amax
         state = getattr(self._call.module, "fp8_meta", {}).get("scaling_bwd")
         history = getattr(state, "amax_history", None)
         if not isinstance(history, torch.Tensor) or len(history) < 2:
@@ -374,8 +385,7 @@ class _Grouped(_Layer):
             name = f"{self.name}.gemm_{expert}"
             weight = plain(getattr(call.module, f"weight{expert}", None))
             if weight is not None and self.collector.measuring and call.weighs(name):
-                quantizer = call.quantizer("scaling_fwd", expert * 3 + 1)
-                call.values(name, "weight", weight, call.operand(quantizer, weight, cast=True))
+                call.values(name, "weight", weight, call.cast("scaling_fwd", expert * 3 + 1))
         if result is not None and result.requires_grad:
             result.register_hook(partial(self._come, call, splits))  # type: ignore[no-untyped-call]
 
@@ -387,8 +397,8 @@ class _Grouped(_Layer):
         direction, each = ("scaling_fwd", 3) if forward else ("scaling_bwd", 2)
         pieces = torch.split(x.reshape(-1, x.shape[-1]), splits)
         for expert, piece in enumerate(pieces):
-            operand = call.operand(call.quantizer(direction, expert * each), piece, cast=forward)
-            call.values(f"{self.name}.gemm_{expert}", role, piece, operand)
+            cast = call.cast(direction, expert * each)
+            call.values(f"{self.name}.gemm_{expert}", role, piece, cast, before=not forward)
 
 
 class _Attention(_Layer):
@@ -408,7 +418,7 @@ class _Attention(_Layer):
         recipe = getattr(call.module, "fp8_meta", {}).get("recipe")
         if not (call.fp8 and getattr(recipe, "fp8_dpa", False) and self.collector.measuring):
             return
-        shared = call.quantizer("scaling_fwd", _QKV)
+        shared = call.cast("scaling_fwd", _QKV)
         names = ("query_layer", "key_layer", "value_layer")
         for position, (role, name) in enumerate(zip(("query", "key", "value"), names, strict=True)):
             x = args[position] if position < len(args) else kwargs.get(name)
@@ -416,8 +426,8 @@ class _Attention(_Layer):
             if codes is not None:
                 call.codes(self.name, role, codes, shared)
             elif values is not None:
-                call.values(self.name, role, values, operand_of(call.module, shared, cast=True))
-        probabilities = call.quantizer("scaling_fwd", _PROBABILITIES)
+                call.values(self.name, role, values, shared)
+        probabilities = call.cast("scaling_fwd", _PROBABILITIES)
         call.kept([(self.name, "attention_probs", probabilities)])
         result = next(tensors_in(output), None)
         if result is not None and result.requires_grad:

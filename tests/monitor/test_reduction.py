@@ -57,8 +57,7 @@ def table(
         rows,
         np.full(len(rows), np.inf),
         rank=rank,
-        channels={identity(layer, role): c for layer, c in (channels or {}).items()},
-        blocks={},
+        vectors={"channels": {identity(layer, role): c for layer, c in (channels or {}).items()}},
     )
 
 
@@ -98,10 +97,10 @@ def test_a_merge_of_ranks_is_a_merge_of_sums(data: st.DataObject, ranks: int) ->
         for part in parts:
             for at, other in enumerate(part.entries):
                 if other.identity == entry.identity:
-                    alone = part.sums(np.array([at]), None)
+                    alone = part.sums(np.array([at]))
                     together = alone if together is None else together.merge(alone)
         assert together is not None
-        ours = found.sums(np.array([row]), None)
+        ours = found.sums(np.array([row]))
         for name, how in FIELD_REDUCTIONS.items():
             want, have = getattr(together, name), getattr(ours, name)
             if how == "sum":
@@ -122,7 +121,7 @@ def test_channels_add_up(ranks: int, width: int) -> None:
     steps = [step(r, table(r, {"a": one}, {"a": c})) for r, c in enumerate(channels)]
     found = merge(steps).table
     assert found is not None
-    np.testing.assert_allclose(found.channels[0], np.sum(channels, axis=0))
+    np.testing.assert_allclose(found.vectors["channels"][0], np.sum(channels, axis=0))
 
 
 def test_copies_count_once_and_pieces_add_up() -> None:

@@ -154,16 +154,21 @@ class Assembler:
             np.concatenate([sums, device[:, :_FIELDS]]),
             np.concatenate([first, device[:, _FIELDS]]),
             rank=self._rank,
-            channels=_pieces(snapshot.channels, arrays["channels"]),
-            blocks=_pieces(snapshot.blocks, arrays["blocks"]),
+            vectors={
+                "channels": _pieces(snapshot.channels, arrays["channels"]),
+                "blocks": _pieces(snapshot.blocks, arrays["blocks"]),
+                "exponents": _pieces(snapshot.exponents, arrays["exponents"]),
+            },
         )
 
     def _batch(self, snapshot: Snapshot, merged: Merged, events: Sequence[Event]) -> pa.RecordBatch:
-        identities = statistics = None
+        identities = statistics = sources = exponents = None
         if merged.table is not None and merged.table.entries:
             table = merged.table.sorted(self._order, ROLES)
             identities = self._identities(tuple(entry.identity for entry in table.entries))
             statistics = _statistics(table)
+            sources = [entry.source for entry in table.entries]
+            exponents = _exponents(table)
         return record_batch(
             step=snapshot.step,
             time=snapshot.time,
@@ -171,6 +176,8 @@ class Assembler:
             events=tuple(events),
             identities=identities,
             statistics=statistics,
+            sources=sources,
+            exponents=exponents,
         )
 
     def _identities(self, identities: tuple[TensorIdentity, ...]) -> IdentityColumns:
@@ -183,11 +190,20 @@ class Assembler:
 def _statistics(table: SumTable) -> StatisticColumns:
     columns: dict[str, np.ma.MaskedArray[Any, Any]] = {}
     count = len(table.entries)
-    for rows, channels in table.by_width():
-        for name, values in table.sums(rows, channels).statistics().items():
+    for rows in table.alike():
+        what_if = np.array([table.entries[row].identity.what_if for row in rows])
+        for name, values in table.sums(rows).statistics(what_if=what_if).items():
             whole = columns.setdefault(name, np.ma.MaskedArray(np.zeros(count), mask=True))
             whole[rows] = values
     return columns
+
+
+def _exponents(table: SumTable) -> list[list[int] | None] | None:
+    of = table.vectors["exponents"]
+    if not of:
+        return None
+    rows = (of.get(row) for row in range(len(table.entries)))
+    return [None if counts is None else counts.astype(np.int64).tolist() for counts in rows]
 
 
 def _pieces(

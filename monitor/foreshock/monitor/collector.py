@@ -15,6 +15,7 @@ import torch
 
 from foreshock.monitor import ops
 from foreshock.monitor.batching import BatchedSums
+from foreshock.monitor.blocks import block_sums, histogram
 from foreshock.monitor.device_rows import DeviceRows
 from foreshock.monitor.entry import Entry
 from foreshock.monitor.formats import FORMATS, GRANULARITIES
@@ -52,6 +53,7 @@ class Taken:
         device_entries, device: Rows of the device buffer, with one more column; None for none.
         channels: Channel sums per identity.
         blocks: Histograms of block scales per identity.
+        exponents: Histograms of elements by their power of two per identity.
         probes: Plain sums of tensors at a step without statistics, and their entries.
         kernels: Marks around each kernel on the device, at a step whose cost is measured.
     """
@@ -62,6 +64,7 @@ class Taken:
     device: torch.Tensor | None = None
     channels: dict[TensorIdentity, torch.Tensor] = field(default_factory=dict)
     blocks: dict[TensorIdentity, torch.Tensor] = field(default_factory=dict)
+    exponents: dict[TensorIdentity, torch.Tensor] = field(default_factory=dict)
     probe_entries: list[Entry] = field(default_factory=list)
     probes: list[torch.Tensor] = field(default_factory=list)
     kernels: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
@@ -75,6 +78,7 @@ class Collector(ops.Receiver):
         probe: Sum every operand at steps without statistics, so that the first non-finite value
             has a layer.
         what_if: Formats that the run does not use, measured too.
+        count_exponents: Count elements by their power of two.
 
     Attributes:
         measuring: Whether tensors are measured in full.
@@ -86,7 +90,12 @@ class Collector(ops.Receiver):
     """
 
     def __init__(
-        self, device: torch.device, *, probe: bool = True, what_if: WhatIf | None = None
+        self,
+        device: torch.device,
+        *,
+        probe: bool = True,
+        what_if: WhatIf | None = None,
+        count_exponents: bool = False,
     ) -> None:
         self.on_begin: Callable[[], None] = _nothing
         self.on_loss: Callable[[torch.Tensor], None] = _nothing
@@ -96,7 +105,8 @@ class Collector(ops.Receiver):
         self.handle = ops.register(self)
         self._probe = probe
         self._what_if = what_if
-        self._rows = DeviceRows.on(device)
+        self._count_exponents = count_exponents
+        self._rows = DeviceRows.on(device, count_exponents=count_exponents)
         self._stack = BatchedSums()
         self._taken = Taken()
         self._waiting: list[Entry] = []
@@ -243,6 +253,8 @@ class Collector(ops.Receiver):
             taken.device_entries, taken.device, channels_of = self._rows.take()
             for entry, channels in channels_of:
                 _add_channels(taken.channels, entry, channels)
+            for entry, counts in self._rows.histograms():
+                _add(taken.exponents, entry.identity, counts)
             taken.kernels = self._rows.take_marks()
         return taken
 
@@ -257,13 +269,18 @@ class Collector(ops.Receiver):
         else:
             self._stack.add(x, operand)
             self._waiting.append(entry)
+        if self._count_exponents and (self._rows is None or operand.granularity != "tensor"):
+            _add(self._taken.exponents, entry.identity, histogram(x))
         if self._what_if is not None:
             self._measure_what_if(entry, x)
 
     def _measure_blocks(self, entry: Entry, x: torch.Tensor, operand: Operand) -> None:
-        from foreshock.monitor.blocks import block_sums
-
-        row, scales = block_sums(x, format=operand.format, granularity=operand.granularity)
+        row, scales = block_sums(
+            x,
+            format=operand.format,
+            granularity=operand.granularity,
+            weight=entry.identity.role == "weight",
+        )
         self._taken.entries.append(entry)
         self._taken.sums.append(row)
         _add(self._taken.blocks, entry.identity, scales)

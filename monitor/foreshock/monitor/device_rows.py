@@ -7,6 +7,7 @@ its tensor is decided on the device, by a flag.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 
 from foreshock.monitor.entry import Entry
 from foreshock.monitor.formats import format_named
-from foreshock.monitor.record import FIELD_REDUCTIONS
+from foreshock.monitor.record import EXPONENTS, FIELD_REDUCTIONS
 
 __all__ = ["ROW_FIELDS", "DeviceRows"]
 
@@ -35,15 +36,20 @@ class DeviceRows:
     Args:
         device: A CUDA device.
         kernels: `foreshock.monitor.kernels`, loaded only where it can run.
+        count_exponents: Count elements by their power of two.
     """
 
-    def __init__(self, device: torch.device, kernels: Any) -> None:
+    def __init__(
+        self, device: torch.device, kernels: Any, *, count_exponents: bool = False
+    ) -> None:
         self._device = device
         neutral = [_NEUTRAL[how] for how in FIELD_REDUCTIONS.values()] + [torch.inf]
         self._neutral = torch.tensor(neutral, dtype=torch.float64, device=device)
         self._rows = self._neutral.repeat(_FIRST_ROWS, 1)
         self._slots: dict[Entry, int] = {}
         self._channels: dict[int, torch.Tensor] = {}
+        self._count_exponents = count_exponents
+        self._exponents: dict[int, torch.Tensor] = {}
         self._reserved = 0
         # On the device: whether launches read, and the micro-batch in progress.
         self._control = torch.zeros(2, dtype=torch.int32, device=device)
@@ -55,13 +61,16 @@ class DeviceRows:
         self._timing = False
 
     @classmethod
-    def on(cls, device: torch.device) -> Self | None:
+    def on(cls, device: torch.device, *, count_exponents: bool = False) -> Self | None:
         """Rows on a CUDA device with Triton, else None."""
         if device.type != "cuda":
             return None
+        # It comes with torch's CUDA builds, but not on every platform.
+        if importlib.util.find_spec("triton") is None:
+            return None
         from foreshock.monitor import kernels
 
-        return cls(device, kernels) if kernels.available() else None
+        return cls(device, kernels, count_exponents=count_exponents)
 
     def reserve(self) -> None:
         """Make room for one more tensor, before a graph is captured with today's addresses."""
@@ -79,8 +88,8 @@ class DeviceRows:
             # Marks cost as much as small kernels; the cost hardly changes from step to step.
             self._timing = self._steps <= _TIMED_FIRST or self._steps % _TIMED_EVERY == 0
             self._rows.copy_(self._neutral.expand_as(self._rows))
-            for channels in self._channels.values():
-                channels.zero_()
+            for sums in (*self._channels.values(), *self._exponents.values()):
+                sums.zero_()
 
     def next_micro_batch(self) -> None:
         """Count on, on the device: a captured graph counts at every replay."""
@@ -94,6 +103,9 @@ class DeviceRows:
         if channels is None or len(channels) != features:
             channels = torch.zeros(features, dtype=torch.float64, device=self._device)
             self._channels[slot] = channels
+        if self._count_exponents and slot not in self._exponents:
+            counts = torch.zeros(EXPONENTS, dtype=torch.float64, device=self._device)
+            self._exponents[slot] = counts
         with self._timed():
             self._measure(x, entry, slot, scale, channels)
 
@@ -114,6 +126,7 @@ class DeviceRows:
             control=self._control,
             scratch=self._scratch,
             channels=channels,
+            histogram=self._exponents.get(slot),
             sqnr=format_named(entry.identity.format).scaled,
         )
 
@@ -161,6 +174,14 @@ class DeviceRows:
             if slot in self._channels
         ]
         return entries, rows, channels
+
+    def histograms(self) -> list[tuple[Entry, torch.Tensor]]:
+        """Entries with copies of their counts by power of two."""
+        return [
+            (entry, self._exponents[slot].clone())
+            for entry, slot in self._slots.items()
+            if slot in self._exponents
+        ]
 
     def _slot(self, entry: Entry) -> int:
         # Micro-batches of one tensor share a row.

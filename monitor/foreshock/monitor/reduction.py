@@ -7,15 +7,17 @@ and a rank fit into the 53 bits that a float64 holds exactly.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import ge
 from typing import Any, Final, Self
 
 import numpy as np
 
 from foreshock.monitor.entry import Entry
 from foreshock.monitor.record import FIELD_REDUCTIONS, Event, TensorIdentity
-from foreshock.monitor.table import FIELDS, NEUTRAL, SumTable
+from foreshock.monitor.table import FIELDS, NEUTRAL, VECTORS, SumTable
 
 __all__ = [
     "Agreement",
@@ -31,6 +33,8 @@ __all__ = [
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
+Widths = tuple[int, ...]
+_NO_WIDTHS: Final = (0,) * len(VECTORS)
 MAX_RANKS: Final = 2**20
 _SUMS: Final = np.array([i for i, how in enumerate(FIELD_REDUCTIONS.values()) if how == "sum"])
 _MAXES: Final = np.array([i for i, how in enumerate(FIELD_REDUCTIONS.values()) if how == "max"])
@@ -69,13 +73,13 @@ class Words:
     """What one process knows by name; exchanged so that all pack alike.
 
     Attributes:
-        tensors: Identity, number of features (0 unknown), bins of block scales (0 none).
+        tensors: Identity, and the widths of its vectors in the order of `VECTORS` (0 for none).
         parameters: Name and number of processes that hold the same piece; None for a plain
             parameter, of which every process that knows the name has a copy.
         scalars: Names.
     """
 
-    tensors: Mapping[TensorIdentity, tuple[int, int]] = field(default_factory=dict)
+    tensors: Mapping[TensorIdentity, Widths] = field(default_factory=dict)
     parameters: Mapping[str, float | None] = field(default_factory=dict)
     scalars: frozenset[str] = frozenset()
 
@@ -85,14 +89,14 @@ class Agreement:
     """What all processes know: the layout of the vectors.
 
     Attributes:
-        tensors: Identities in order, with features and bins.
+        tensors: Identities in order, with the widths of their vectors.
         parameters: Names in order, with the number of processes that hold the same piece, or
             `_PLAIN` where each process that has a number for it has the same one.
         scalars: Names in order.
         first_holder: For each identity, the lowest rank that has it.
     """
 
-    tensors: tuple[tuple[TensorIdentity, int, int], ...] = ()
+    tensors: tuple[tuple[TensorIdentity, Widths], ...] = ()
     parameters: tuple[tuple[str, float], ...] = ()
     scalars: tuple[str, ...] = ()
     first_holder: tuple[int, ...] = ()
@@ -100,19 +104,19 @@ class Agreement:
     @classmethod
     def of(cls, words: Sequence[Words]) -> Self:
         """The union of what the ranks know, in an order that all of them arrive at."""
-        tensors: dict[TensorIdentity, tuple[int, int]] = {}
+        tensors: dict[TensorIdentity, Widths] = {}
         holders: dict[TensorIdentity, int] = {}
         shares: dict[str, list[float | None]] = {}
         for rank, word in enumerate(words):
-            for identity, (features, bins) in word.tensors.items():
-                known = tensors.get(identity, (0, 0))
-                tensors[identity] = (max(known[0], features), max(known[1], bins))
+            for identity, widths in word.tensors.items():
+                known = tensors.get(identity, _NO_WIDTHS)
+                tensors[identity] = tuple(map(max, known, widths))
                 holders.setdefault(identity, rank)
             for name, share in word.parameters.items():
                 shares.setdefault(name, []).append(share)
         ordered = sorted(tensors, key=_place)
         return cls(
-            tuple((identity, *tensors[identity]) for identity in ordered),
+            tuple((identity, tensors[identity]) for identity in ordered),
             tuple((name, _copies(shares[name])) for name in sorted(shares)),
             tuple(sorted(frozenset().union(*(word.scalars for word in words)))),
             tuple(holders[identity] for identity in ordered),
@@ -120,13 +124,13 @@ class Agreement:
 
     def covers(self, words: Words) -> bool:
         """Whether a process can say all that it knows."""
-        known = {identity: (features, bins) for identity, features, bins in self.tensors}
+        known = dict(self.tensors)
         return (
             words.scalars <= set(self.scalars)
             and set(words.parameters) <= {name for name, _ in self.parameters}
             and all(
-                identity in known and known[identity][0] >= features and known[identity][1] >= bins
-                for identity, (features, bins) in words.tensors.items()
+                all(map(ge, known.get(identity, (-1,) * len(widths)), widths))
+                for identity, widths in words.tensors.items()
             )
         )
 
@@ -155,14 +159,11 @@ def words_of(step: RankStep, shares: Mapping[str, float | None]) -> Words:
         step: The step.
         shares: By parameter name, as in `Words.parameters`.
     """
-    tensors: dict[TensorIdentity, tuple[int, int]] = {}
+    tensors: dict[TensorIdentity, Widths] = {}
     if step.table is not None:
         for row, entry in enumerate(step.table.entries):
-            channels, blocks = step.table.channels.get(row), step.table.blocks.get(row)
-            tensors[entry.identity] = (
-                0 if channels is None else len(channels),
-                0 if blocks is None else len(blocks),
-            )
+            vectors = step.table.vectors
+            tensors[entry.identity] = tuple(len(vectors[name].get(row, ())) for name in VECTORS)
     names = {*step.gradients, *step.parameters}
     return Words(tensors, {n: shares.get(n) for n in names}, frozenset(step.scalars))
 
@@ -234,9 +235,8 @@ def _pack_tensors(step: RankStep, agreement: Agreement) -> tuple[Array, Array]:
     values = np.tile(NEUTRAL, (rows, 1))
     compared = np.full((rows, 2), -np.inf)
     seen = np.full(rows, -np.inf)
-    channels = [np.zeros(features) for _, features, _ in agreement.tensors]
-    blocks = [np.zeros(bins) for _, _, bins in agreement.tensors]
-    place = {identity: row for row, (identity, _, _) in enumerate(agreement.tensors)}
+    vectors = [[np.zeros(width) for width in widths] for _, widths in agreement.tensors]
+    place = {identity: row for row, (identity, _) in enumerate(agreement.tensors)}
     table = step.table
     for row, entry in enumerate(() if table is None else table.entries):
         at = place.get(entry.identity)
@@ -247,10 +247,10 @@ def _pack_tensors(step: RankStep, agreement: Agreement) -> tuple[Array, Array]:
         if _is_copy(entry, agreement.first_holder[at], step.rank):
             continue
         values[at] = table.values[row]
-        if row in table.channels:
-            channels[at][: len(table.channels[row])] = table.channels[row]
-        if row in table.blocks:
-            blocks[at][: len(table.blocks[row])] = table.blocks[row]
+        for vector, name in zip(vectors[at], VECTORS, strict=True):
+            found = table.vectors[name].get(row)
+            if found is not None:
+                vector[: len(found)] = found
     known = ~np.isneginf(compared)
     sums = [
         values[:, _SUMS].ravel(),
@@ -266,7 +266,7 @@ def _pack_tensors(step: RankStep, agreement: Agreement) -> tuple[Array, Array]:
         _key(compared, step.rank).ravel(),
         _key(np.where(known, -compared, -np.inf), step.rank).ravel(),
     ]
-    return np.concatenate([*sums, *channels, *blocks]), np.concatenate(maxes)
+    return np.concatenate([*sums, *itertools.chain(*vectors)]), np.concatenate(maxes)
 
 
 def _is_copy(entry: Entry, first_holder: int, rank: int) -> bool:
@@ -377,8 +377,7 @@ def _unpack_tensors(
     values = np.tile(NEUTRAL, (rows, 1))
     values[:, _SUMS] = added.take(rows * len(_SUMS)).reshape(rows, len(_SUMS))
     compared, counts = added.take(rows * 2).reshape(rows, 2), added.take(rows * 2).reshape(rows, 2)
-    channels = [added.take(features) for _, features, _ in agreement.tensors]
-    blocks = [added.take(bins) for _, _, bins in agreement.tensors]
+    vectors = [[added.take(width) for width in widths] for _, widths in agreement.tensors]
     _, holders = _unkey(largest.take(rows))
     values[:, _MAXES] = largest.take(rows * len(_MAXES)).reshape(rows, len(_MAXES))
     values[:, _MINS] = -largest.take(rows * len(_MINS)).reshape(rows, len(_MINS))
@@ -387,7 +386,7 @@ def _unpack_tensors(
         largest.take(rows * 2).reshape(rows, 2),
         largest.take(rows * 2).reshape(rows, 2),
     )
-    entries = tuple(Entry(identity, None) for identity, _, _ in agreement.tensors)
+    entries = tuple(Entry(identity, None) for identity, _ in agreement.tensors)
     events = [
         *_nonfinite_events(entries, first),
         *_disagreements(entries, compared, counts, highest, lowest),
@@ -399,8 +398,10 @@ def _unpack_tensors(
         values[at],
         np.full(len(at), np.inf),
         holders[at],
-        {new: channels[old] for new, old in enumerate(at) if len(channels[old])},
-        {new: blocks[old] for new, old in enumerate(at) if len(blocks[old])},
+        {
+            name: {new: vectors[old][i] for new, old in enumerate(at) if len(vectors[old][i])}
+            for i, name in enumerate(VECTORS)
+        },
     )
     return table, tuple(events)
 

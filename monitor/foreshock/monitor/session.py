@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -37,6 +38,7 @@ from foreshock.monitor.shipping import Service, Shipper
 from foreshock.monitor.sinks import Sink
 from foreshock.monitor.spool import Spool
 from foreshock.monitor.steps import Step, Value, one_value, snapshot_of
+from foreshock.monitor.whatif import known_formats, what_if_rows
 from foreshock.monitor.worker import Worker
 
 __all__ = ["Watch", "watch"]
@@ -64,6 +66,7 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
     budget: float | None = None,
     what_if: Sequence[str] = (),
     optimizer_states: bool = False,
+    histogram: bool = False,
 ) -> Watch:
     """Watch a training run.
 
@@ -92,6 +95,7 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
         what_if: Formats that the run does not use, measured as if it did: any of e4m3, e5m2,
             mxfp8, block128, nvfp4.
         optimizer_states: Measure the optimizer's moments and the weight gradients too.
+        histogram: Count the elements of each tensor by their power of two.
 
     Raises:
         ValueError: A value is not allowed, or the model cannot be watched; the message says why.
@@ -114,6 +118,7 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
         budget=budget,
         what_if=what_if,
         optimizer_states=optimizer_states,
+        histogram=histogram,
     )
     return Watch(model, optimizer, settings)
 
@@ -199,6 +204,7 @@ class Watch:
             self.device,
             probe=self.device.type == "cpu" if probe is None else probe,
             what_if=_what_if(self.settings.what_if),
+            count_exponents=self.settings.histogram,
         )
         self._hooks = ModelHooks(
             self._model,
@@ -451,7 +457,7 @@ class Watch:
 
 
 def _what_if(formats: Sequence[str]) -> WhatIf | None:
-    return None
+    return partial(what_if_rows, formats=known_formats(formats)) if formats else None
 
 
 def _count(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from typing import Final
 from foreshock.monitor.sampling import Cadence
 from foreshock.monitor.sinks import Sink
 from foreshock.monitor.spool import DEFAULT_MAX_BYTES, NAME_PATTERN
+from foreshock.monitor.whatif import known_formats
 
 __all__ = ["WatchSettings", "default_spool", "default_url"]
 
@@ -52,6 +53,7 @@ class WatchSettings:
             where it begins.
         what_if: Formats that the run does not use, measured as if it did.
         optimizer_states: Measure the optimizer's moments and the weight gradients too.
+        histogram: Count the elements of each tensor by their power of two.
         max_spool_bytes: Bound on what waits on disk.
         launch_id: Identifies this start of the job.
 
@@ -75,6 +77,7 @@ class WatchSettings:
     budget: float | None = None
     what_if: Sequence[str] = ()
     optimizer_states: bool = False
+    histogram: bool = False
     max_spool_bytes: int = DEFAULT_MAX_BYTES
     launch_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
@@ -88,6 +91,7 @@ class WatchSettings:
             raise ValueError(f"first_step is {self.first_step}; allowed: 0 or more")
         if self.tokens_per_step is not None and self.tokens_per_step < 1:
             raise ValueError(f"tokens_per_step is {self.tokens_per_step}; allowed: 1 or more")
+        known_formats(self.what_if)
         if self.budget is not None and not 0 < self.budget < 1:
             raise ValueError(
                 f"budget is {self.budget}; allowed: above 0 and below 1, e.g. 0.01 for 1 %"

@@ -31,9 +31,10 @@ class Snapshot:
         entries: Of the packed group sums, one per tensor that passed by.
         device_entries: Of the packed group device, one per row of the device's buffer.
         probe_entries: Of the packed group probes: plain sums at a step without statistics.
-        channels, blocks: Identity and width of the channel sums and block-scale histograms.
+        channels, blocks, exponents: Identity and width of the channel sums and of the histograms of
+            block scales and of elements.
         packed: Groups scalars, losses (one per micro-batch), gradients and parameters (norms),
-            sums, device, probes, channels, blocks; None for a step that was dropped.
+            sums, device, probes, channels, blocks, exponents.
         events: Planned events and the monitor's own.
         kernels: Marks around the kernels of a step whose cost is being measured.
     """
@@ -48,6 +49,7 @@ class Snapshot:
     probe_entries: tuple[Entry, ...]
     channels: tuple[tuple[TensorIdentity, int], ...]
     blocks: tuple[tuple[TensorIdentity, int], ...]
+    exponents: tuple[tuple[TensorIdentity, int], ...]
     packed: Packed
     events: tuple[Event, ...]
     kernels: tuple[tuple[torch.cuda.Event, torch.cuda.Event], ...] = ()
@@ -63,6 +65,7 @@ class Snapshot:
             probe_entries=(),
             channels=(),
             blocks=(),
+            exponents=(),
             packed=Packed(self.packed.names, (0,) * len(self.packed.names), None, None),
             events=(),
             kernels=(),

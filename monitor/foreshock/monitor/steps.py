@@ -59,6 +59,7 @@ def snapshot_of(step: Step, device: torch.device) -> Snapshot:
         "probes": taken.probes,
         "channels": list(taken.channels.values()),
         "blocks": list(taken.blocks.values()),
+        "exponents": list(taken.exponents.values()),
     }
     return Snapshot(
         step=step.number,
@@ -75,6 +76,7 @@ def snapshot_of(step: Step, device: torch.device) -> Snapshot:
         probe_entries=tuple(taken.probe_entries),
         channels=tuple((identity, c.numel()) for identity, c in taken.channels.items()),
         blocks=tuple((identity, b.numel()) for identity, b in taken.blocks.items()),
+        exponents=tuple((identity, e.numel()) for identity, e in taken.exponents.items()),
         packed=pack(groups, device),
         events=tuple(step.events),
         kernels=tuple(taken.kernels),

@@ -15,7 +15,7 @@ from foreshock.monitor.entry import Entry
 from foreshock.monitor.formats import FORMATS
 from foreshock.monitor.record import FIELD_REDUCTIONS, TensorIdentity, TensorSums
 
-__all__ = ["FIELDS", "NEUTRAL", "SumTable"]
+__all__ = ["FIELDS", "NEUTRAL", "VECTORS", "SumTable"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -25,6 +25,7 @@ NEUTRAL: Final = np.array(
 )
 _OBSERVATIONS: Final = FIELDS.index("observations")
 _NONFINITE: Final = FIELDS.index("nonfinite")
+VECTORS: Final = ("channels", "blocks", "exponents")
 _COLUMNS: Final = {
     how: np.array([i for i, h in enumerate(FIELD_REDUCTIONS.values()) if h == how])
     for how in ("sum", "max", "min")
@@ -40,15 +41,17 @@ class SumTable:
         values: Shape (rows, fields).
         first: First micro-batch with a non-finite element, +inf for none; shape (rows,).
         ranks: Rank that holds the largest magnitude; shape (rows,).
-        channels, blocks: Channel sums and block-scale histograms by row.
+        vectors: By name (channels, blocks, exponents) and row: channel sums, and histograms of
+            block scales and of elements by power of two.
     """
 
     entries: tuple[Entry, ...]
     values: Array
     first: Array
     ranks: Array
-    channels: dict[int, Array] = field(default_factory=dict)
-    blocks: dict[int, Array] = field(default_factory=dict)
+    vectors: dict[str, dict[int, Array]] = field(
+        default_factory=lambda: {name: {} for name in VECTORS}
+    )
 
     @classmethod
     def of(
@@ -58,8 +61,7 @@ class SumTable:
         first: Array,
         *,
         rank: int,
-        channels: Mapping[TensorIdentity, Array],
-        blocks: Mapping[TensorIdentity, Array],
+        vectors: Mapping[str, Mapping[TensorIdentity, Array]],
     ) -> Self:
         """Merge observations of the same tensor; rows that saw nothing are left out.
 
@@ -68,8 +70,7 @@ class SumTable:
             values: Shape (observations, fields).
             first: Shape (observations,).
             rank: This process.
-            channels: By identity.
-            blocks: By identity.
+            vectors: By name and identity.
         """
         row_of: dict[TensorIdentity, int] = {}
         kept: list[Entry] = []
@@ -95,8 +96,10 @@ class SumTable:
             merged,
             firsts,
             np.full(len(kept), float(rank)),
-            {row_of[identity]: c for identity, c in channels.items() if identity in row_of},
-            {row_of[identity]: b for identity, b in blocks.items() if identity in row_of},
+            {
+                name: {row_of[i]: v for i, v in vectors.get(name, {}).items() if i in row_of}
+                for name in VECTORS
+            },
         )
 
     def sorted(self, order: Mapping[str, int], roles: Sequence[str]) -> Self:
@@ -120,30 +123,35 @@ class SumTable:
             self.values[at],
             self.first[at],
             self.ranks[at],
-            {new: self.channels[old] for new, old in enumerate(rows) if old in self.channels},
-            {new: self.blocks[old] for new, old in enumerate(rows) if old in self.blocks},
+            {
+                name: {new: of[old] for new, old in enumerate(rows) if old in of}
+                for name, of in self.vectors.items()
+            },
         )
 
-    def sums(self, rows: Any, channels: Array | None) -> TensorSums:
-        """Some of the rows as sums, with channel sums of one width."""
+    def sums(self, rows: Any) -> TensorSums:
+        """Some of the rows as sums; all of them have the same vectors, of the same widths."""
         identities = [self.entries[row].identity for row in rows]
         values: dict[str, Any] = {
             name: self.values[rows, column] for column, name in enumerate(FIELDS)
+        }
+        stacked = {
+            name: np.stack([of[row] for row in rows]) if rows[0] in of else None
+            for name, of in self.vectors.items()
         }
         return TensorSums(
             **values,
             amax_rank=self.ranks[rows],
             quantized=np.array([FORMATS[i.format].scaled for i in identities], dtype=bool),
-            channel_sum2=channels,
+            channel_sum2=stacked["channels"],
+            block_scales=stacked["blocks"],
+            exponents=stacked["exponents"],
         )
 
-    def by_width(self) -> list[tuple[Any, Array | None]]:
-        """Rows that share a number of features, with their channel sums."""
-        groups: dict[int, list[int]] = {}
+    def alike(self) -> list[Any]:
+        """Rows in groups that have the same vectors, of the same widths."""
+        groups: dict[tuple[int, ...], list[int]] = {}
         for row in range(len(self.entries)):
-            found = self.channels.get(row)
-            groups.setdefault(-1 if found is None else len(found), []).append(row)
-        return [
-            (np.array(rows), None if width < 0 else np.stack([self.channels[r] for r in rows]))
-            for width, rows in groups.items()
-        ]
+            widths = tuple(len(of.get(row, ())) for of in self.vectors.values())
+            groups.setdefault(widths, []).append(row)
+        return [np.array(rows) for rows in groups.values()]

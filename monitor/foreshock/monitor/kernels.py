@@ -1,6 +1,6 @@
 """Statistics of a CUDA tensor in one read, by one Triton kernel, added to a row of sums.
 
-What is summed is what `statistics.packed_sums` sums, the CPU's definition. Each program keeps its own
+What is summed is what `statistics.packed_sums` sums, on any device. Each program keeps its own
 sums in registers and writes them once; the program that finishes last adds all of them up in a
 fixed order, in float64, and merges the result into the row: no atomic on a number, so the same
 tensor gives the same bits. Whether a tensor is read at all is decided on the device (`control`), so

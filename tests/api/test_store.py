@@ -16,7 +16,7 @@ import pytest
 from foreshock.api.store import Limits, SeriesKey, Store, StoreError, View
 from foreshock.api.store_engine import Engine
 from foreshock.api.store_query import heatmap_sql
-from foreshock.api.store_schema import RISK_SCHEMA
+from foreshock.api.store_schema import DATABASE, RISK_SCHEMA
 from foreshock.monitor.record import (
     Event,
     StepRecord,
@@ -28,9 +28,14 @@ from tests.api.service import LAYERS, fact_rows, make_record, make_records
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    folder = tmp_path_factory.mktemp("store")
-    made = Store(folder / "store", lambda _: LAYERS, limits=Limits(seconds=20))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # The engine takes one folder per process.
+    return tmp_path_factory.mktemp("store") / "store"
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path) -> Iterator[Store]:
+    made = Store(folder, lambda _: LAYERS, limits=Limits(seconds=20))
     yield made
     made.close()
 
@@ -63,6 +68,32 @@ def test_null_nan_and_infinity_come_back_as_they_went_in(store: Store) -> None:
     assert repr(dict(sorted(found.scalars.items()))) == repr(dict(sorted(scalars.items())))
     # repr, because NaN is not equal to itself.
     assert sorted(map(repr, found.tensors)) == sorted(map(repr, tensors))
+
+
+def test_a_store_of_an_older_build_gets_the_new_columns(store: Store, folder: Path) -> None:
+    names = ("scale_log2_p01", "scale_log2_p50", "scale_log2_p99", "source")
+    run = new_run()
+    store.append([fact_rows(run, 1, 1, [make_record(0)])])
+    engine = Engine(folder, Limits())
+    drops = ", ".join(f"DROP COLUMN {name}" for name in names)
+    engine.writer().command(f"ALTER TABLE {DATABASE}.tensor_stats {drops}")
+    engine.close()
+
+    again = Store(folder, lambda _: LAYERS)
+    new = make_record(1)
+    tensors = tuple(replace(t, scale_log2_p50=-7.0, source="codes") for t in new.tensors)
+    again.append([fact_rows(run, 1, 2, [replace(new, tensors=tensors)])])
+    old, found = table_to_records(again.record_window(run, 1, 0, 1))
+    assert {(t.scale_log2_p50, t.source) for t in old.tensors} == {(None, None)}
+    assert {t.amax for t in old.tensors} == {t.amax for t in make_record(0).tensors}
+    assert {(t.scale_log2_p50, t.source) for t in found.tensors} == {(-7.0, "codes")}
+    heat = again.heatmap(View(run), "input", "scale_log2_p50", 10)
+    assert {v for values in heat.values.values() for v in values if v is not None} == {-7.0}
+    series = again.tensor_series(
+        View(run), SeriesKey(layer=0, role="input", statistic="scale_log2_p50"), 10
+    )
+    assert (series.step, series.mean) == ((1,), (-7.0,))
+    again.close()
 
 
 def test_the_default_view_shows_the_highest_attempt_that_holds_a_step(store: Store) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from foreshock.monitor.formats import FORMATS, GRANULARITIES
 from foreshock.monitor.record import (
     ROLES,
+    SOURCES,
     STATISTICS,
     Event,
     StepRecord,
@@ -44,6 +45,9 @@ TENSORS = st.builds(
     numel=st.integers(0, 2**60),
     observations=st.integers(0, 2**31 - 1),
     **{name: statistic(name) for name in STATISTICS},
+    source=st.none() | st.sampled_from(SOURCES),
+    exponents=st.none()
+    | st.builds(lambda at, n: tuple(n * (i == at) for i in range(256)), st.integers(0, 255), INT32),
 )
 
 EVENTS = st.builds(

@@ -7,10 +7,12 @@ import json
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,6 +149,54 @@ def test_columns_and_dataclasses_make_the_same_record() -> None:
     assert_same(table_to_records(pa.Table.from_batches([batch])), [written])
 
 
+def test_sources_and_exponents_as_columns() -> None:
+    identities = [TensorIdentity("a", "input", "e4m3"), TensorIdentity("b", "weight", "nvfp4")]
+    counts = tuple(range(256))
+    columns = {
+        name: np.ma.MaskedArray([4.0, 5.0])
+        for name in ("numel", "observations", "scale_log2_p01", "scale_log2_p50", "scale_log2_p99")
+    }
+    batch = record_batch(
+        step=2,
+        time=NOW,
+        scalars={},
+        identities=IdentityColumns.of(identities),
+        statistics=columns,
+        sources=[None, "codes"],
+        exponents=[counts, None],
+    )
+    (record,) = table_to_records(pa.Table.from_batches([batch]))
+    assert [(t.source, t.exponents) for t in record.tensors] == [(None, counts), ("codes", None)]
+    assert [t.scale_log2_p50 for t in record.tensors] == [4.0, 5.0]
+
+
+def test_a_file_from_before_the_new_columns_still_reads(tmp_path: Path) -> None:
+    row = TensorStatistics(identity=TensorIdentity("a", "input", "e4m3"), numel=1, amax=2.0)
+    table = records_to_table([StepRecord(5, NOW, tensors=(row,))])
+    new = {"scale_log2_p01", "scale_log2_p50", "scale_log2_p99", "source", "exponents"}
+    struct = table["tensors"].combine_chunks().flatten()
+    kept = [f for f in struct.type if f.name not in new]
+    old = pa.StructArray.from_arrays([struct.field(f.name) for f in kept], fields=kept)
+    assert len(kept) == struct.type.num_fields - len(new)
+    lists = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), old)
+    pq.write_table(table.set_column(4, "tensors", lists), tmp_path / "old.parquet")
+    (record,) = table_to_records(pq.read_table(tmp_path / "old.parquet"))
+    assert record.tensors == (row,)
+
+
+def test_parquet_keeps_the_new_columns(tmp_path: Path) -> None:
+    row = TensorStatistics(
+        identity=TensorIdentity("a", "input", "nvfp4", granularity="block"),
+        numel=1,
+        scale_log2_p01=-3.0,
+        source="exact",
+        exponents=(7,) * 256,
+    )
+    record = StepRecord(5, NOW, tensors=(row,))
+    pq.write_table(records_to_table([record]), tmp_path / "new.parquet")
+    assert table_to_records(pq.read_table(tmp_path / "new.parquet")) == [record]
+
+
 def test_flat_view_keeps_the_parent_step() -> None:
     row = TensorStatistics(identity=TensorIdentity("a", "input", "e4m3"), numel=1)
     table = records_to_table(
@@ -191,6 +241,10 @@ def test_a_scalar_may_not_stand_twice() -> None:
         ({"format": "fp8"}, "format is unknown; known: e4m3"),
         ({"granularity": "column"}, "granularity is unknown"),
         ({"layer": None}, "no layer"),
+        ({"source": "rumour"}, "source is unknown; known: values, codes, history, exact, null"),
+        ({"exponents": [1, 2]}, "exponents are not 256 counts"),
+        ({"exponents": 7}, "allowed: a list of integers"),
+        ({"exponents": ["1"] * 256}, "allowed: a 64-bit integer"),
     ],
 )
 def test_unknown_words_are_refused_with_the_known_ones(change: dict[str, Any], reason: str) -> None:

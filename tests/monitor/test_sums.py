@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,9 @@ def test_merge_equals_one_pass(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any])
         assert np.array_equal(np.ma.getmaskarray(merged[name]), np.ma.getmaskarray(whole[name])), (
             name
         )
+        # Decibels near 0 are differences of nearly equal sums.
         np.testing.assert_allclose(
-            merged[name].filled(0), whole[name].filled(0), rtol=1e-9, err_msg=name
+            merged[name].filled(0), whole[name].filled(0), rtol=1e-9, atol=1e-12, err_msg=name
         )
     assert int(merged["observations"]) == 2
 
@@ -193,6 +195,64 @@ def test_a_stack_of_tensors_is_as_each_alone() -> None:
 
 def test_statistics_cover_the_record() -> None:
     assert set(STATISTICS) - set(sums_of(np.ones((1, FEATURES))).statistics()) == {"mu"}
+
+
+COUNTS = hnp.arrays(np.float64, 256, elements=st.integers(0, 50).map(float), fill=st.just(0.0))
+
+
+def with_scales(counts: np.ndarray[Any, Any] | None) -> TensorSums:
+    return replace(sums_of(np.ones((1, FEATURES))), block_scales=counts, exponents=counts)
+
+
+@given(COUNTS, COUNTS)
+def test_quantiles_over_blocks_merge_exactly(
+    a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]
+) -> None:
+    merged = with_scales(a).merge(with_scales(b))
+    assert merged.exponents is not None
+    assert np.array_equal(merged.exponents, a + b)
+    found = merged.statistics()
+    logs = np.repeat(np.arange(256) - 127, (a + b).astype(int))
+    for name, share in (("p01", 0.01), ("p50", 0.5), ("p99", 0.99)):
+        value = found[f"scale_log2_{name}"]
+        if logs.size:
+            assert float(value) == np.sort(logs)[-(-logs.size * round(share * 100) // 100) - 1]
+        else:
+            assert np.ma.getmaskarray(value).all()
+
+
+def test_a_quantile_reaches_its_share_and_no_more() -> None:
+    counts = np.zeros(256)
+    counts[[100, 120, 140]] = 7, 686, 7  # 0.01 x 700 is a little more than 7 in float64
+    found = with_scales(counts).statistics()
+    assert float(found["scale_log2_p01"]) == 100 - 127
+    assert float(found["scale_log2_p99"]) == 120 - 127
+
+
+def test_without_block_scales_there_are_no_quantiles() -> None:
+    counts = np.zeros(256)
+    counts[127] = 3
+    assert np.ma.getmaskarray(with_scales(None).statistics()["scale_log2_p50"]).all()
+    assert with_scales(None).merge(with_scales(counts)).statistics()["scale_log2_p50"] == 0.0
+    assert with_scales(counts).merge(with_scales(None)).statistics()["scale_log2_p50"] == 0.0
+    unscaled = replace(with_scales(counts), quantized=np.asarray(False))
+    assert np.ma.getmaskarray(unscaled.statistics()["scale_log2_p50"]).all()
+
+
+def test_what_if_hides_what_no_format_enters() -> None:
+    sums = sums_of(np.ones((2, FEATURES)))
+    shown = {n for n, v in sums.statistics(what_if=True).items() if not np.ma.getmaskarray(v).all()}
+    assert shown == {
+        "numel",
+        "observations",
+        "underflow_ratio",
+        "subnormal_ratio",
+        "overflow_ratio",
+        "headroom_log2",
+        "sqnr_db",
+        "scale_log2",
+        "scale_log2_max",
+    }
 
 
 def test_amax_keeps_the_rank_that_holds_it() -> None:

@@ -34,10 +34,11 @@ from foreshock.api.store_schema import (
     FACT_TABLES,
     NO_EXPERT,
     RISK_SCHEMA,
+    STORED_TENSOR_FIELDS,
     TENSOR_KEY,
     ddl,
 )
-from foreshock.monitor.record import ROLES, TENSOR_TYPE
+from foreshock.monitor.record import ROLES
 
 __all__ = [
     "Heatmap",
@@ -258,9 +259,9 @@ class Store:
         return self._engine.read(sql, view.parameters)
 
     def tensor_rows(self, view: View) -> pa.Table:
-        """`step` and the columns of `TENSOR_TYPE`, by step and layer in stored order."""
+        """`step` and `STORED_TENSOR_FIELDS`, by step and layer in stored order."""
         key = ", ".join(TENSOR_KEY)
-        names = ", ".join(field.name for field in TENSOR_TYPE)
+        names = ", ".join(field.name for field in STORED_TENSOR_FIELDS)
         sql = f"SELECT step, {names} {view_sql(view, 'tensor_stats')}"
         sql += f" ORDER BY step, {key}, ver DESC LIMIT 1 BY {key}"
         return self._with_names(view.run_id, self._engine.read(sql, view.parameters))

@@ -174,6 +174,7 @@ def place(facts: BatchFacts, placed: Placed) -> dict[str, pa.Table]:
 
 
 def _stored_tensors(tensors: pa.Table, layer_ids: Mapping[str, int]) -> pa.Table:
+    tensors = tensors.drop_columns(["exponents"])
     if tensors.num_rows == 0:
         return tensors
     ids = np.array([layer_ids[name] for name in _layer_dictionary(tensors)], np.uint16)
@@ -204,7 +205,7 @@ def assemble_records(
         steps: step, time; one row per record.
         scalars: step, name, value.
         events: step and the columns of an event.
-        tensors: step and the columns of `TENSOR_TYPE`.
+        tensors: step and `STORED_TENSOR_FIELDS`; what else a tensor has is null.
     """
     order = steps["step"].to_numpy()
     scalars, events, tensors = (_held(order, rows) for rows in (scalars, events, tensors))
@@ -237,7 +238,12 @@ def _plain(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
 
 
 def _structs(rows: pa.Table, kind: pa.StructType) -> pa.Array:
-    arrays = [_plain(rows[field.name], field.type) for field in kind]
+    arrays = [
+        _plain(rows[field.name], field.type)
+        if field.name in rows.column_names
+        else pa.nulls(rows.num_rows, field.type)
+        for field in kind
+    ]
     return pa.StructArray.from_arrays(arrays, fields=list(kind))
 
 

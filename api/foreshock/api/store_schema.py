@@ -18,6 +18,7 @@ __all__ = [
     "FACT_TABLES",
     "NO_EXPERT",
     "RISK_SCHEMA",
+    "STORED_TENSOR_FIELDS",
     "TENSOR_KEY",
     "ddl",
 ]
@@ -38,6 +39,9 @@ TENSOR_KEY: Final = (
     "attempt",
     "step",
 )
+
+STORED_TENSOR_FIELDS: Final = tuple(field for field in TENSOR_TYPE if field.name != "exponents")
+"""Columns of a tensor that the store keeps; histograms are for whoever reads the spool."""
 
 RISK_SCHEMA: Final = pa.schema(
     [
@@ -63,7 +67,7 @@ def _statistic_columns() -> dict[str, str]:
     return {
         name: f"Nullable({_TYPES[TENSOR_TYPE.field(name).type]}) CODEC(ZSTD(1))"
         for name in STATISTICS
-    }
+    } | {"source": "LowCardinality(Nullable(String))"}
 
 
 _COLUMNS: Final[dict[str, dict[str, str]]] = {
@@ -125,6 +129,8 @@ def ddl(*, fsync: bool, retention_days: int) -> list[str]:
     for table, columns in _COLUMNS.items():
         synced = int(fsync and table in FACT_TABLES)
         statements.append(_create(table, columns, synced))
+        if table == "tensor_stats":
+            statements.append(_add(table, _statistic_columns()))
         statements.append(_retention(table, retention_days))
     return statements
 
@@ -142,6 +148,12 @@ def _create(table: str, columns: dict[str, str], synced: int) -> str:
         f"SETTINGS fsync_after_insert = {synced}, fsync_part_directory = {synced}, "
         "ttl_only_drop_parts = 1"
     )
+
+
+def _add(table: str, columns: dict[str, str]) -> str:
+    # A table of an older build lacks the statistics that came since; its rows have nulls there.
+    additions = (f"ADD COLUMN IF NOT EXISTS {name} {kind}" for name, kind in columns.items())
+    return f"ALTER TABLE {DATABASE}.{table} {', '.join(additions)}"
 
 
 def _retention(table: str, days: int) -> str:

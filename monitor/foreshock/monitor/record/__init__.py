@@ -26,6 +26,7 @@ from foreshock.monitor.record.model import (
     INTEGER_STATISTICS,
     ROLES,
     SCHEMA_VERSION,
+    SOURCES,
     STATISTICS,
     Event,
     RecordError,
@@ -35,16 +36,18 @@ from foreshock.monitor.record.model import (
 )
 from foreshock.monitor.record.risk import HORIZONS, AlertState, Driver, Risk, RiskKind
 from foreshock.monitor.record.schema import SCHEMA, TENSOR_TYPE, conform, validate
-from foreshock.monitor.record.sums import FIELD_REDUCTIONS, TensorSums
+from foreshock.monitor.record.sums import EXPONENTS, FIELD_REDUCTIONS, TensorSums
 
 __all__ = [
     "EVENT_KINDS",
+    "EXPONENTS",
     "FIELD_REDUCTIONS",
     "HORIZONS",
     "INTEGER_STATISTICS",
     "ROLES",
     "SCHEMA",
     "SCHEMA_VERSION",
+    "SOURCES",
     "STATISTICS",
     "TENSOR_TYPE",
     "AlertState",

@@ -74,7 +74,8 @@ def _event_row(event: Event) -> dict[str, Any]:
 def _tensor_row(tensor: TensorStatistics) -> dict[str, Any]:
     row = {name: getattr(tensor.identity, name) for name in _IDENTITY_NAMES}
     row |= {"numel": tensor.numel, "observations": tensor.observations}
-    return row | {name: getattr(tensor, name) for name in STATISTICS}
+    row |= {name: getattr(tensor, name) for name in (*STATISTICS, "source")}
+    return row | {"exponents": None if tensor.exponents is None else list(tensor.exponents)}
 
 
 def table_to_records(table: pa.Table) -> list[StepRecord]:
@@ -99,8 +100,12 @@ def table_to_records(table: pa.Table) -> list[StepRecord]:
 def _tensor_from(row: dict[str, Any]) -> TensorStatistics:
     identity = TensorIdentity(**{name: row.pop(name) for name in _IDENTITY_NAMES})
     observations = row.pop("observations")
+    exponents = row.pop("exponents")
     return TensorStatistics(
-        identity=identity, observations=1 if observations is None else observations, **row
+        identity=identity,
+        observations=1 if observations is None else observations,
+        exponents=None if exponents is None else tuple(exponents),
+        **row,
     )
 
 
@@ -137,6 +142,8 @@ def record_batch(
     events: Sequence[Event] = (),
     identities: IdentityColumns | None = None,
     statistics: StatisticColumns | None = None,
+    sources: Sequence[str | None] | None = None,
+    exponents: Sequence[Sequence[int] | None] | None = None,
 ) -> pa.RecordBatch:
     """One record as a batch of `SCHEMA`, from columns.
 
@@ -147,11 +154,13 @@ def record_batch(
         events: What happened at the step.
         identities: One identity per tensor; None when no tensors were measured.
         statistics: `numel`, `observations` and any of `STATISTICS`, each of shape (tensors,).
+        sources: One of `SOURCES` or None per tensor; None where all are plain values.
+        exponents: 256 counts or None per tensor; None where nobody asked for them.
     """
     if identities is None or statistics is None:
         tensors = pa.array([[]], pa.list_(TENSOR_TYPE))
     else:
-        tensors = _tensor_list(identities, statistics)
+        tensors = _tensor_list(identities, statistics, sources, exponents)
     return pa.record_batch(
         [
             pa.array([step], pa.int64()),
@@ -164,7 +173,12 @@ def record_batch(
     )
 
 
-def _tensor_list(identities: IdentityColumns, statistics: StatisticColumns) -> pa.Array:
+def _tensor_list(
+    identities: IdentityColumns,
+    statistics: StatisticColumns,
+    sources: Sequence[str | None] | None,
+    exponents: Sequence[Sequence[int] | None] | None,
+) -> pa.Array:
     count = len(identities.identities)
     columns: list[pa.Array] = list(identities.arrays)
     types = {"numel": pa.int64(), "observations": pa.int32()}
@@ -172,6 +186,8 @@ def _tensor_list(identities: IdentityColumns, statistics: StatisticColumns) -> p
     for name, to in types.items():
         values = statistics.get(name)
         columns.append(pa.nulls(count, to) if values is None else _masked_array(values, to))
+    for optional, kind in ((sources, pa.string()), (exponents, pa.list_(pa.int64()))):
+        columns.append(pa.nulls(count, kind) if optional is None else pa.array(optional, kind))
     struct = pa.StructArray.from_arrays(columns, fields=list(TENSOR_TYPE))
     offsets = pa.array([0, count], pa.int32())
     return pa.ListArray.from_arrays(offsets, struct, type=pa.list_(TENSOR_TYPE))

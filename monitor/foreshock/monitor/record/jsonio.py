@@ -158,10 +158,20 @@ def _member(value: object, field: pa.Field, where: str, index: int) -> object:
         return decode_number(value, f"{where}.{field.name}", index)
     if pa.types.is_integer(field.type):
         return _integer(value, f"{where}.{field.name}", index)
+    if pa.types.is_list(field.type):
+        return _integers(value, f"{where}.{field.name}", index)
     wanted = bool if pa.types.is_boolean(field.type) else str
     if value is not None and not isinstance(value, wanted):
         raise RecordError(f"{where}.{field.name} is {value!r}; allowed: {wanted.__name__}", index)
     return value
+
+
+def _integers(value: object, where: str, index: int) -> list[int | None] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise RecordError(f"{where} is {value!r}; allowed: a list of integers", index)
+    return [_integer(item, where, index) for item in value]
 
 
 def _first_line(error: Exception) -> str:

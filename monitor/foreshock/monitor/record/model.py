@@ -15,6 +15,7 @@ __all__ = [
     "INTEGER_STATISTICS",
     "ROLES",
     "SCHEMA_VERSION",
+    "SOURCES",
     "STATISTICS",
     "Event",
     "RecordError",
@@ -56,6 +57,10 @@ EVENT_KINDS: Final = (
 )
 """The kinds the service acts on; other kinds are stored and shown."""
 
+SOURCES: Final = ("values", "codes", "history", "exact")
+"""What a row's statistics were taken of: the high-precision tensor (null means it too), its FP8
+codes, a history of amax alone, or Transformer Engine's own exact path."""
+
 INTEGER_STATISTICS: Final = ("amax_rank", "top_channel", "nonfinite_count")
 
 STATISTICS: Final = (
@@ -78,6 +83,9 @@ STATISTICS: Final = (
     "zero_ratio",
     "nonfinite_count",
     "min_nonzero",
+    "scale_log2_p01",
+    "scale_log2_p50",
+    "scale_log2_p99",
 )
 """Names of the statistics in column order; formulas in `foreshock.monitor.record.sums`."""
 
@@ -145,6 +153,8 @@ class TensorStatistics:
     """Statistics of one tensor at one step, merged over micro-batches and ranks.
 
     Every ratio is a share of the finite elements, in [0, 1]. Definitions: `TensorSums.statistics`.
+    `source` is one of `SOURCES`; `exponents` has 256 counts by the biased float32 exponent of
+    abs(x), of the finite non-zero elements.
     """
 
     identity: TensorIdentity
@@ -169,6 +179,11 @@ class TensorStatistics:
     zero_ratio: float | None = None
     nonfinite_count: int | None = None
     min_nonzero: float | None = None
+    scale_log2_p01: float | None = None
+    scale_log2_p50: float | None = None
+    scale_log2_p99: float | None = None
+    source: str | None = None
+    exponents: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,11 @@ from foreshock.monitor.record.model import (
     INTEGER_STATISTICS,
     ROLES,
     SCHEMA_VERSION,
+    SOURCES,
     STATISTICS,
     RecordError,
 )
+from foreshock.monitor.record.sums import EXPONENTS
 
 __all__ = [
     "EVENT_TYPE",
@@ -54,6 +56,8 @@ TENSOR_TYPE: Final = pa.struct(
         pa.field("numel", pa.int64()),
         pa.field("observations", pa.int32()),
         *(pa.field(name, statistic_type(name)) for name in STATISTICS),
+        pa.field("source", pa.string()),
+        pa.field("exponents", pa.list_(pa.int64())),
     ]
 )
 
@@ -222,10 +226,22 @@ def _check_tensors(table: pa.Table) -> pa.Table:
         allowed = pa.array(list(known), pa.string())
         unknown = pc.invert(pc.is_in(columns[name], value_set=allowed))
         _refuse_tensor(parents, unknown, f"a tensor's {name} is unknown; known: {', '.join(known)}")
+    _check_optional(parents, columns["source"], columns["exponents"])
     struct = pa.StructArray.from_arrays(list(columns.values()), fields=list(TENSOR_TYPE))
     fixed = pa.ListArray.from_arrays(_offsets(lists), struct, type=lists.type, mask=lists.is_null())
     position = table.schema.get_field_index("tensors")
     return table.set_column(position, SCHEMA.field("tensors"), fixed)
+
+
+def _check_optional(parents: pa.Array, source: pa.Array, exponents: pa.Array) -> None:
+    known = pa.array([*SOURCES, None], pa.string())
+    unknown = pc.invert(pc.is_in(source, value_set=known))
+    _refuse_tensor(
+        parents, unknown, f"a tensor's source is unknown; known: {', '.join(SOURCES)}, null"
+    )
+    lengths = pc.fill_null(pc.list_value_length(exponents), EXPONENTS)
+    reason = f"a tensor's exponents are not {EXPONENTS} counts"
+    _refuse_tensor(parents, pc.not_equal(lengths, EXPONENTS), reason)
 
 
 def _refuse_tensor(parents: pa.Array, bad: pa.Array, reason: str) -> None:

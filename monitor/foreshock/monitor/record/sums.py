@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-__all__ = ["FIELD_REDUCTIONS", "TensorSums"]
+__all__ = ["EXPONENTS", "FIELD_REDUCTIONS", "TensorSums"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -36,6 +36,27 @@ FIELD_REDUCTIONS: Final[dict[str, str]] = {
     "scale_log2_max": "max",
 }
 """How each scalar field merges: one packed SUM and one packed MAX (min is the max of negatives)."""
+
+EXPONENTS: Final = 256
+"""Entries of a histogram by biased float32 exponent."""
+
+_BIAS: Final = 127
+_QUANTILES: Final = {"scale_log2_p01": 0.01, "scale_log2_p50": 0.5, "scale_log2_p99": 0.99}
+
+# What a row for a format that the run does not use leaves to the row of the one that it does.
+_FORMAT_INDEPENDENT: Final = (
+    "amax",
+    "amax_rank",
+    "rms",
+    "kurtosis",
+    "kurtosis_sequence_mean",
+    "channel_kurtosis",
+    "top_channel",
+    "top_channel_share",
+    "zero_ratio",
+    "nonfinite_count",
+    "min_nonzero",
+)
 
 _IDENTITY: Final = {"sum": 0.0, "max": -np.inf, "min": np.inf}
 
@@ -63,6 +84,10 @@ class TensorSums:
         amax_rank: Rank that holds amax; -1 unknown.
         quantized: Whether the format has a scale, so that the cast's statistics mean anything.
         channel_sum2: Sum over tokens of x^2 per feature, shape (..., d), or None if not taken.
+        block_scales: How many blocks have a scale of each biased float32 exponent, so that
+            quantiles over blocks merge exactly; shape (..., 256), or None for one scale per tensor.
+        exponents: How many finite non-zero elements have each biased float32 exponent, shape
+            (..., 256), or None if not taken.
     """
 
     numel: Array
@@ -85,6 +110,8 @@ class TensorSums:
     amax_rank: Array
     quantized: np.ndarray[Any, np.dtype[np.bool_]]
     channel_sum2: Array | None = None
+    block_scales: Array | None = None
+    exponents: Array | None = None
 
     @classmethod
     def empty(cls, shape: tuple[int, ...] = (), *, quantized: bool = False) -> Self:
@@ -115,6 +142,8 @@ class TensorSums:
         merged["amax_rank"] = np.where(other.amax > self.amax, other.amax_rank, self.amax_rank)
         merged["quantized"] = self.quantized | other.quantized
         merged["channel_sum2"] = _merge_channels(self.channel_sum2, other.channel_sum2)
+        merged["block_scales"] = _merge_counts(self.block_scales, other.block_scales)
+        merged["exponents"] = _merge_counts(self.exponents, other.exponents)
         return type(self)(**merged)
 
     def concatenate_features(self, other: Self) -> Self:
@@ -126,8 +155,12 @@ class TensorSums:
         values = {f.name: getattr(merged, f.name) for f in fields(merged)}
         return type(self)(**(values | {"channel_sum2": channels}))
 
-    def statistics(self) -> dict[str, np.ma.MaskedArray[Any, Any]]:
+    def statistics(self, *, what_if: Any = False) -> dict[str, np.ma.MaskedArray[Any, Any]]:
         """The statistics of a record; masked where not measured or undefined.
+
+        Args:
+            what_if: Which tensors stand there for a format that the run does not use (one truth
+                value, or one per tensor): of these only what depends on the format is shown.
 
         Keys: numel, observations and all of `STATISTICS` but mu.
         Formulas, x finite, N = numel, M the format's largest value, s the scale in force:
@@ -138,6 +171,8 @@ class TensorSums:
         - underflow_ratio = flushed / N (Transformer Engine's percentage divided by 100)
         - subnormal_ratio, overflow_ratio = their counts / N
         - headroom_log2 = log2(M / (amax s)); sqnr_db = 10 log10(sum2 / error2), exact = Infinity
+        - scale_log2_p01, _p50, _p99: quantiles over blocks with a scale of floor(log2 s): the
+          smallest value that at least this share of the blocks does not pass
         """
         some = self.numel > 0
         power = some & (self.sum2 > 0)
@@ -172,7 +207,12 @@ class TensorSums:
                 "nonfinite_count": _masked(self.nonfinite, np.ones_like(some)),
                 "min_nonzero": _masked(self.min_nonzero, np.isfinite(self.min_nonzero)),
             }
-        return columns | _channel_statistics(self.channel_sum2, some)
+        columns |= _channel_statistics(self.channel_sum2, some)
+        columns |= _scale_quantiles(self.block_scales, self.quantized)
+        for name in _FORMAT_INDEPENDENT:
+            hidden = np.ma.getmaskarray(columns[name]) | np.asarray(what_if)
+            columns[name] = np.ma.MaskedArray(columns[name].data, mask=hidden)
+        return columns
 
 
 def _masked(values: Array, valid: Any) -> np.ma.MaskedArray[Any, Any]:
@@ -186,6 +226,12 @@ def _merge_channels(a: Array | None, b: Array | None) -> Array | None:
         raise ValueError(
             f"channel sums over {a.shape[-1]} and {b.shape[-1]} features do not add up"
         )
+    return a + b
+
+
+def _merge_counts(a: Array | None, b: Array | None) -> Array | None:
+    if a is None or b is None:
+        return b if a is None else a
     return a + b
 
 
@@ -210,3 +256,20 @@ def _channel_statistics(
         share.max(axis=-1),
     )
     return {name: _masked(value, valid) for name, value in zip(names, values, strict=True)}
+
+
+def _scale_quantiles(
+    counts: Array | None, quantized: Any
+) -> dict[str, np.ma.MaskedArray[Any, Any]]:
+    if counts is None or counts.shape[-1] == 0:
+        none = np.zeros_like(quantized)
+        return {name: _masked(np.zeros(np.shape(quantized)), none) for name in _QUANTILES}
+    below = counts.cumsum(axis=-1)
+    total = below[..., -1]
+    values = {}
+    for name, share in _QUANTILES.items():
+        # A product like 0.01 x 700 may round to just above the whole number that it is.
+        reached = below >= np.maximum(np.ceil(share * total - 1e-6), 1.0)[..., None]
+        exponent = reached.argmax(axis=-1).astype(np.float64) - _BIAS
+        values[name] = _masked(exponent, quantized & (total > 0))
+    return values

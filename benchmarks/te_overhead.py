@@ -317,6 +317,20 @@ def variants(part: str, width: int, freq: int) -> list[Variant]:
     return found
 
 
+def profile(variant: Variant, steps: int = 3) -> None:
+    """Print what the device and the host did in a step, largest first."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        for _ in range(steps):
+            variant.step()
+        torch.cuda.synchronize()
+    events = found.key_averages()
+    busy = sum(event.self_device_time_total for event in events) / steps / 1e3
+    print(f"\n{variant.name}: {busy:.3f} ms of kernels a step")
+    print(events.table(sort_by="self_cuda_time_total", row_limit=15, max_name_column_width=60))
+
+
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -325,10 +339,15 @@ def main() -> None:
     parser.add_argument("--freq", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", action="store_true", help="print kernels instead of times")
     options = parser.parse_args()
     found = variants(options.part, options.width, options.freq)
     for variant in found:
         variant.run(options.steps)
+    if options.profile:
+        for variant in found:
+            profile(variant)
+        return
     for _ in range(options.rounds):
         for variant in found:
             variant.times.append(variant.run(options.steps))

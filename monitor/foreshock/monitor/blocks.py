@@ -114,8 +114,9 @@ def histogram(x: torch.Tensor) -> torch.Tensor:
         values = x.detach().float().reshape(-1)
         bits = values.view(torch.int32) & 0x7FFFFFFF
         counts = _bincount(bits >> 23)
-        counts[0] -= (bits == 0).sum()
-        counts[EXPONENTS - 1] = 0.0
+        # In place on views: assigning a number to an entry copies it from the host and waits.
+        counts[0].sub_((bits == 0).sum())
+        counts[EXPONENTS - 1].zero_()
         return counts
 
 
@@ -207,7 +208,7 @@ class _Cast:
         row = torch.stack([fields.get(name, self.row[at]) for at, name in enumerate(_FIELDS)])
         # A zero scale has exponent 0, where no scale in force stands: all of them are normal.
         counts = _bincount(scale.view(torch.int32) >> 23)
-        counts[0] = 0.0
+        counts[0].zero_()
         return row, counts
 
     def _measure(self, piece: int, chunk: slice) -> None:

@@ -18,7 +18,11 @@ PORTIONS = ("monitor", "trainer", "api")
 SOURCES = [p for portion in PORTIONS for p in (ROOT / portion).rglob("*.py")]
 ALL_PYTHON = [
     *SOURCES,
-    *(p for d in ("tests", "dashboards", "benchmarks") for p in (ROOT / d).rglob("*.py")),
+    *(
+        p
+        for d in ("tests", "dashboards", "benchmarks", "examples")
+        for p in (ROOT / d).rglob("*.py")
+    ),
 ]
 
 

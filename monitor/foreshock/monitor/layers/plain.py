@@ -29,6 +29,10 @@ class OperandOf:
         """The cast of an operand, in a GEMM that runs in the type `compute`."""
         return Operand(DTYPE_FORMATS.get(compute, "fp32"), None)
 
+    def of(self, role: str, x: torch.Tensor, compute: torch.dtype) -> Operand:
+        """The cast of this very tensor, where its scale does not follow from its amax alone."""
+        return self(role, compute)
+
 
 class _Told(OperandOf):
     """Asks the layer."""
@@ -139,13 +143,13 @@ class _Gemm:
         self._hand_over("grad_output", gradient, gradient.dtype)
 
     def _hand_over(self, role: str, x: torch.Tensor, compute: torch.dtype) -> None:
-        operand = self._operand_of(role, compute)
+        operand = self._operand_of.of(role, local_of(x), compute)
         code = operand_code(operand.format, operand.granularity)
         ops.observe(local_of(x), operand.scale, self._handle, self._keys[role], code)
 
     def observe(self, role: str, x: torch.Tensor, compute: torch.dtype, index: int) -> None:
         """Measure an operand of an eager call."""
-        operand = self._operand_of(role, compute)
+        operand = self._operand_of.of(role, local_of(x), compute)
         self._collector.observe(self._name, role, x, operand, call_index=index)
 
 

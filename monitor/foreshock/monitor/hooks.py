@@ -124,6 +124,7 @@ class ModelHooks:
     ) -> None:
         self._on_forward, self._on_loss = on_forward, on_loss
         self._begun = False
+        self._told = False
         self._collector = collector
         collector.on_begin = self._begin
         collector.on_loss = on_loss
@@ -154,6 +155,11 @@ class ModelHooks:
         self._begun = False
         self._context.new_micro_batch()
 
+    def micro_batch(self) -> None:
+        """A micro-batch begins; from now on the model's forward no longer says so."""
+        self._told = True
+        self._start_micro_batch()
+
     def detach(self) -> None:
         """Remove the hooks; output gradients of graphs still alive are no longer measured."""
         for handle in self._handles:
@@ -162,10 +168,13 @@ class ModelHooks:
         self._collector.stop()
 
     def _model_begins(self, module: nn.Module, args: object, kwargs: object) -> None:
-        if self._context.counts(module):
-            self._begin()
-            self._context.new_micro_batch()
-            self._collector.start_micro_batch()
+        if self._context.counts(module) and not self._told:
+            self._start_micro_batch()
+
+    def _start_micro_batch(self) -> None:
+        self._begin()
+        self._context.new_micro_batch()
+        self._collector.start_micro_batch()
 
     def _model_returns(self, module: nn.Module, args: object, output: object) -> None:
         if self._context.counts(module):

@@ -334,6 +334,16 @@ class Watch:
         if self._active and not self._closed:
             self._end()
 
+    def micro_batch(self) -> None:
+        """Say that a micro-batch begins.
+
+        For loops that run a model's parts and not its forward, as Lightning does; once said, it
+        must be said before each.
+        """
+        if self._active and not self._closed:
+            with self._guard:
+                self._hooks.micro_batch()
+
     def _new_step(self, number: int) -> Step:
         return Step(number, self._plans.at(number).cadence.measures(number))
 
@@ -343,6 +353,9 @@ class Watch:
         self._hooks.start_step()
 
     def _forward_begins(self) -> None:
+        # What is queued while a graph is captured would run at its replays.
+        if self._capturing():
+            return
         self._publish()
         if self._mark is None:
             self._mark = time.perf_counter()

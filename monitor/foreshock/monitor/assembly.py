@@ -195,6 +195,11 @@ def _statistics(table: SumTable) -> StatisticColumns:
         for name, values in table.sums(rows).statistics(what_if=what_if).items():
             whole = columns.setdefault(name, np.ma.MaskedArray(np.zeros(count), mask=True))
             whole[rows] = values
+    # What was lost in a cast can no longer be read from its codes.
+    codes = [row for row, entry in enumerate(table.entries) if entry.source == "codes"]
+    for name in ("underflow_ratio", "sqnr_db"):
+        if codes:
+            columns[name][codes] = np.ma.masked
     return columns
 
 

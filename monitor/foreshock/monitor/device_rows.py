@@ -8,7 +8,7 @@ its tensor is decided on the device, by a flag.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final, Self
@@ -27,6 +27,7 @@ ROW_FIELDS: Final = len(FIELD_REDUCTIONS) + 1
 _NEUTRAL: Final = {"sum": 0.0, "max": -torch.inf, "min": torch.inf}
 _FIRST_ROWS: Final = 64
 _TIMED_FIRST: Final = 4
+_ARENA: Final = 2**18
 _TIMED_EVERY: Final = 16
 
 
@@ -50,6 +51,7 @@ class DeviceRows:
         self._channels: dict[int, torch.Tensor] = {}
         self._count_exponents = count_exponents
         self._exponents: dict[int, torch.Tensor] = {}
+        self._vectors = _Arena(device)
         self._reserved = 0
         # On the device: whether launches read, and the micro-batch in progress.
         self._control = torch.zeros(2, dtype=torch.int32, device=device)
@@ -88,8 +90,7 @@ class DeviceRows:
             # Marks cost as much as small kernels; the cost hardly changes from step to step.
             self._timing = self._steps <= _TIMED_FIRST or self._steps % _TIMED_EVERY == 0
             self._rows.copy_(self._neutral.expand_as(self._rows))
-            for sums in (*self._channels.values(), *self._exponents.values()):
-                sums.zero_()
+            self._vectors.zero()
 
     def next_micro_batch(self) -> None:
         """Count on, on the device: a captured graph counts at every replay."""
@@ -101,11 +102,9 @@ class DeviceRows:
         features = x.shape[-1] if x.ndim else 1
         channels = self._channels.get(slot)
         if channels is None or len(channels) != features:
-            channels = torch.zeros(features, dtype=torch.float64, device=self._device)
-            self._channels[slot] = channels
+            channels = self._channels[slot] = self._vectors.take(features)
         if self._count_exponents and slot not in self._exponents:
-            counts = torch.zeros(EXPONENTS, dtype=torch.float64, device=self._device)
-            self._exponents[slot] = counts
+            self._exponents[slot] = self._vectors.take(EXPONENTS)
         with self._timed():
             self._measure(x, entry, slot, scale, channels)
 
@@ -168,19 +167,18 @@ class DeviceRows:
             return (), None, []
         entries = tuple(self._slots)
         rows = self._rows[: len(entries)].clone()
-        channels = [
-            (entry, self._channels[slot].clone())
-            for entry, slot in self._slots.items()
-            if slot in self._channels
-        ]
-        return entries, rows, channels
+        self._vectors.copy()
+        return entries, rows, self._copies(self._channels)
 
     def histograms(self) -> list[tuple[Entry, torch.Tensor]]:
-        """Entries with copies of their counts by power of two."""
+        """Entries with copies of their counts by power of two, after `take`."""
+        return self._copies(self._exponents)
+
+    def _copies(self, vectors: Mapping[int, torch.Tensor]) -> list[tuple[Entry, torch.Tensor]]:
         return [
-            (entry, self._exponents[slot].clone())
+            (entry, self._vectors.copy_of(vectors[slot]))
             for entry, slot in self._slots.items()
-            if slot in self._exponents
+            if slot in vectors
         ]
 
     def _slot(self, entry: Entry) -> int:
@@ -205,3 +203,43 @@ class DeviceRows:
         # A graph captured earlier still writes to the old rows.
         self._retired.append(self._rows)
         self._rows = wider
+
+
+class _Arena:
+    """Many vectors in few buffers, so that zeroing and copying all of them are few launches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: list[torch.Tensor] = []
+        self._copied: list[torch.Tensor] = []
+        self._free = 0
+
+    def take(self, size: int) -> torch.Tensor:
+        """Zeros that keep their place."""
+        # 16 bytes: Triton has another kernel for addresses that are no multiple of it.
+        size_taken = size + size % 2
+        if size_taken > self._free:
+            buffer = torch.zeros(max(_ARENA, size_taken), dtype=torch.float64, device=self._device)
+            self._buffers.append(buffer)
+            self._free = len(buffer)
+        start = len(self._buffers[-1]) - self._free
+        self._free -= size_taken
+        return self._buffers[-1][start : start + size]
+
+    def zero(self) -> None:
+        """All vectors to zero, queued on the stream."""
+        for buffer in self._buffers:
+            buffer.zero_()
+
+    def copy(self) -> None:
+        """Copy all vectors, queued on the stream."""
+        self._copied = [buffer.clone() for buffer in self._buffers]
+
+    def copy_of(self, vector: torch.Tensor) -> torch.Tensor:
+        """The copy of one vector."""
+        storage = vector.untyped_storage().data_ptr()
+        for buffer, copied in zip(self._buffers, self._copied, strict=True):
+            if buffer.untyped_storage().data_ptr() == storage:
+                start = vector.storage_offset()
+                return copied[start : start + len(vector)]
+        raise ValueError("the vector is of another arena")

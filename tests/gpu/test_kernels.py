@@ -7,9 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from foreshock.monitor.kernels import Scratch, accumulate, accumulate_codes
 from foreshock.monitor.record import FIELD_REDUCTIONS
 from foreshock.monitor.statistics import SUM_FIELDS, packed_sums
+
+# It comes with torch's CUDA builds only.
+pytest.importorskip("triton")
+from foreshock.monitor.kernels import Scratch, accumulate, accumulate_codes  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")

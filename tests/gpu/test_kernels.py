@@ -12,7 +12,7 @@ from foreshock.monitor.statistics import SUM_FIELDS, packed_sums
 
 # It comes with torch's CUDA builds only.
 pytest.importorskip("triton")
-from foreshock.monitor.kernels import Scratch, accumulate, accumulate_codes  # noqa: E402
+from foreshock.monitor.kernels import Scratch, accumulate, accumulate_codes
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")

@@ -38,6 +38,7 @@ check: setup-dev
 
 bench: setup-dev
 	$(BIN)/python -m benchmarks.monitor_overhead
+	$(BIN)/python -m benchmarks.service_faults
 	$(BIN)/python -m benchmarks.ingest
 	$(BIN)/python -m benchmarks.page_latency
 
@@ -46,6 +47,8 @@ gpu-test:
 	PYTHONPATH=.:monitor:trainer:api $(PYTHON) -m pytest -q -c tests/gpu/pytest.ini --noconftest tests/gpu
 
 gpu-bench:
+	PYTHONPATH=.:monitor:trainer:api $(PYTHON) -m benchmarks.statistics_bandwidth
+	PYTHONPATH=.:monitor:trainer:api $(PYTHON) -m benchmarks.te_overhead --part every
 	PYTHONPATH=.:monitor:trainer:api $(PYTHON) -m benchmarks.monitor_overhead --device cuda
 
 dashboards: setup-dev

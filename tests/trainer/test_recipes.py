@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -97,3 +98,16 @@ def test_every_recipe_takes_a_seed() -> None:
     for make in RECIPES.values():
         assert make(0).fingerprint() != make(1).fingerprint()
     assert debug_cpu().steps <= 30
+
+
+def test_a_last_bit_is_no_other_run() -> None:
+    """Processors differ there in exp and log; what a person changes is another run."""
+    run = debug_cpu(0)
+    rate = run.optimizer.learning_rate
+
+    def trained_at(learning_rate: float) -> str:
+        optimizer = replace(run.optimizer, learning_rate=learning_rate)
+        return replace(run, optimizer=optimizer).fingerprint()
+
+    assert trained_at(math.nextafter(rate, 1.0)) == trained_at(rate) == run.fingerprint()
+    assert trained_at(rate * (1 + 1e-6)) != run.fingerprint()

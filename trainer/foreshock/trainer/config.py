@@ -182,9 +182,21 @@ class RunConfig:
         return asdict(self)
 
     def fingerprint(self) -> str:
-        """Hex digest of everything that influences the training: all but the name."""
+        """Hex digest of everything that influences the training: all but the name.
+
+        Numbers count to nine digits: exp and log differ in the last bit between processors, and
+        so would a recipe's learning rate.
+        """
         values = asdict(self)
         del values["name"]
         values["fault_kind"] = None if self.fault is None else type(self.fault).__name__
-        text = json.dumps(values, sort_keys=True, allow_nan=False)
+        text = json.dumps(_rounded(values), sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value

@@ -29,8 +29,9 @@ import httpx
 import numpy as np
 import pyarrow as pa
 
-from foreshock.api.store import Store
+from foreshock.api.store_open import open_store
 from foreshock.api.store_rows import Placed, place, split
+from foreshock.api.store_url import ChdbPlace
 from foreshock.monitor.record import (
     STATISTICS,
     IdentityColumns,
@@ -96,7 +97,7 @@ def measure_engine(tables: Sequence[pa.Table]) -> tuple[float, float]:
         return place(split(tables[index]), placed)
 
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder) / "store", lambda _: LAYERS)
+        store = open_store(ChdbPlace(Path(folder) / "store"), lambda _: LAYERS)
         store.append([rows("warm", 0)])
         singles = [rows("single", index) for index in range(len(tables))]
         start = time.perf_counter()

@@ -26,7 +26,9 @@ from foreshock.api.ingest import (
 )
 from foreshock.api.ledger import BatchKey, Ledger, LedgerEntry
 from foreshock.api.registry import LaunchRequest, Registry
-from foreshock.api.store import Store, StoreError, View
+from foreshock.api.store import StoreError, View
+from foreshock.api.store_open import open_store
+from foreshock.api.store_url import ChdbPlace
 from foreshock.monitor.record import StepRecord, records_to_table, table_to_records
 from tests.api.service import make_record, make_records, new_launch
 
@@ -34,7 +36,7 @@ from tests.api.service import make_record, make_records, new_launch
 class Parts:
     def __init__(self, folder: Path) -> None:
         self.registry = Registry(folder / "registry.sqlite")
-        self.store = Store(folder / "store", self.registry.layer_names)
+        self.store = open_store(ChdbPlace(folder / "store"), self.registry.layer_names)
         self._runs = 0
 
     def launch(self, run: str | None = None) -> tuple[str, str]:

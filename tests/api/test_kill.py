@@ -17,6 +17,8 @@ import pytest
 from foreshock.api.ledger import Ledger
 from foreshock.api.registry import Registry
 from foreshock.api.store import Store
+from foreshock.api.store_open import open_store
+from foreshock.api.store_url import ChdbPlace
 from foreshock.monitor.record import StepRecord, table_to_records
 from tests.api.service import Service, make_record, new_launch, post_run, put_records
 
@@ -116,7 +118,7 @@ def kill_and_count(folder: Path, kills: int, seed: int) -> None:
         clients.wait_for_more()
     assert service.stop() == 0, service.log
     registry = Registry(service.data / "registry.sqlite")
-    store = Store(service.data / "store", registry.layer_names)
+    store = open_store(ChdbPlace(service.data / "store"), registry.layer_names)
     ledger = Ledger(registry)
     for log in clients.logs:
         sent = len(log.acknowledged)

@@ -11,7 +11,8 @@ from starlette.testclient import TestClient
 from foreshock.api.app import create_app
 from foreshock.api.ingest import Ingest, Overloaded
 from foreshock.api.settings import Settings
-from foreshock.api.store import Store, StoreBusy, StoreError
+from foreshock.api.store import StoreBusy, StoreError
+from foreshock.api.store_clickhouse import ClickHouseStore
 from tests.api.service import make_records, new_launch, post_run, put_records
 from tests.api.test_routes_batches import is_problem
 
@@ -83,7 +84,7 @@ def test_a_store_that_fails_is_503_and_not_ready(
 ) -> None:
     launch = new_launch()
     run = inside.post("/api/v1/runs", json={"run": "a", "launch_id": launch}).json()["run_id"]
-    monkeypatch.setattr(Store, "bounds", failing(error))
+    monkeypatch.setattr(ClickHouseStore, "bounds", failing(error))
     response = inside.get(f"/api/v1/runs/{run}/series?name=loss")
     assert response.status_code == 503
     assert response.headers["retry-after"]
@@ -94,7 +95,7 @@ def test_a_store_that_fails_is_503_and_not_ready(
 def test_a_query_that_hangs_fails_health(
     inside: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Store, "hung_seconds", lambda _: 3.0)
+    monkeypatch.setattr(ClickHouseStore, "hung_seconds", lambda _: 3.0)
     response = inside.get("/healthz")
     assert (response.status_code, response.json()["reasons"]) == (503, ["a query hangs"])
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from foreshock.api.store import Limits, SeriesKey, Store, StoreError, View
-from foreshock.api.store_engine import Engine
+from foreshock.api.store import Limits, SeriesKey, StoreError, View
+from foreshock.api.store_clickhouse import ClickHouseStore
+from foreshock.api.store_engine import open_chdb
 from foreshock.api.store_query import heatmap_sql
-from foreshock.api.store_schema import DATABASE, RISK_SCHEMA
+from foreshock.api.store_schema import RISK_SCHEMA
 from foreshock.monitor.record import (
     Event,
     StepRecord,
@@ -34,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(folder: Path) -> Iterator[Store]:
-    made = Store(folder, lambda _: LAYERS, limits=Limits(seconds=20))
+def store(folder: Path) -> Iterator[ClickHouseStore]:
+    made = ClickHouseStore(open_chdb(folder, Limits(seconds=20)), lambda _: LAYERS)
     yield made
     made.close()
 
@@ -44,7 +45,7 @@ def new_run() -> str:
     return uuid.uuid4().hex
 
 
-def test_null_nan_and_infinity_come_back_as_they_went_in(store: Store) -> None:
+def test_null_nan_and_infinity_come_back_as_they_went_in(store: ClickHouseStore) -> None:
     run = new_run()
     values = (None, math.nan, math.inf, -math.inf, 0.0, 1.5)
     tensors = tuple(
@@ -70,16 +71,18 @@ def test_null_nan_and_infinity_come_back_as_they_went_in(store: Store) -> None:
     assert sorted(map(repr, found.tensors)) == sorted(map(repr, tensors))
 
 
-def test_a_store_of_an_older_build_gets_the_new_columns(store: Store, folder: Path) -> None:
+def test_a_store_of_an_older_build_gets_the_new_columns(
+    store: ClickHouseStore, folder: Path
+) -> None:
     names = ("scale_log2_p01", "scale_log2_p50", "scale_log2_p99", "source")
     run = new_run()
     store.append([fact_rows(run, 1, 1, [make_record(0)])])
-    engine = Engine(folder, Limits())
+    engine = open_chdb(folder, Limits())
     drops = ", ".join(f"DROP COLUMN {name}" for name in names)
-    engine.writer().command(f"ALTER TABLE {DATABASE}.tensor_stats {drops}")
+    engine.writer().command(f"ALTER TABLE tensor_stats {drops}")
     engine.close()
 
-    again = Store(folder, lambda _: LAYERS)
+    again = ClickHouseStore(open_chdb(folder, Limits()), lambda _: LAYERS)
     new = make_record(1)
     tensors = tuple(replace(t, scale_log2_p50=-7.0, source="codes") for t in new.tensors)
     again.append([fact_rows(run, 1, 2, [replace(new, tensors=tensors)])])
@@ -96,7 +99,9 @@ def test_a_store_of_an_older_build_gets_the_new_columns(store: Store, folder: Pa
     again.close()
 
 
-def test_the_default_view_shows_the_highest_attempt_that_holds_a_step(store: Store) -> None:
+def test_the_default_view_shows_the_highest_attempt_that_holds_a_step(
+    store: ClickHouseStore,
+) -> None:
     run = new_run()
     store.append([fact_rows(run, 1, 1, make_records(0, 10))])
     again = [make_record(step, value=100.0 + step) for step in (4, 5)]
@@ -118,7 +123,7 @@ def test_the_default_view_shows_the_highest_attempt_that_holds_a_step(store: Sto
     assert [len(r.tensors) for r in records] == [6, 6, 6, 0, 6]
 
 
-def test_downsampling_keeps_extremes_and_counts_what_is_not_finite(store: Store) -> None:
+def test_downsampling_keeps_extremes_and_counts_what_is_not_finite(store: ClickHouseStore) -> None:
     run = new_run()
     values = [1.0, 9.0, math.nan, 3.0, math.inf, math.nan, 2.0]
     store.append([fact_rows(run, 1, 1, [make_record(i, value=v) for i, v in enumerate(values)])])
@@ -133,7 +138,7 @@ def test_downsampling_keeps_extremes_and_counts_what_is_not_finite(store: Store)
     assert store.scalar_series(View(new_run()), "loss", 10).step == ()
 
 
-def test_the_heatmap_shows_the_worst_and_leaves_holes(store: Store) -> None:
+def test_the_heatmap_shows_the_worst_and_leaves_holes(store: ClickHouseStore) -> None:
     run = new_run()
     records = [make_record(step, tensors=step % 4 == 0) for step in range(16)]
     store.append([fact_rows(run, 1, 1, records)])
@@ -146,7 +151,7 @@ def test_the_heatmap_shows_the_worst_and_leaves_holes(store: Store) -> None:
     assert store.heatmap(View(run), "output", "amax", 8).values == {}
 
 
-def test_what_if_rows_stay_out_unless_their_format_is_asked_for(store: Store) -> None:
+def test_what_if_rows_stay_out_unless_their_format_is_asked_for(store: ClickHouseStore) -> None:
     run = new_run()
 
     def tensor(name: str, amax: float, *, what_if: bool) -> TensorStatistics:
@@ -165,7 +170,7 @@ def test_what_if_rows_stay_out_unless_their_format_is_asked_for(store: Store) ->
     assert store.heatmap(View(run), "input", "amax", 1, "e4m3").values[LAYERS[0]] == (9.0,)
 
 
-def test_the_newest_row_of_a_key_wins_before_and_after_merging(store: Store) -> None:
+def test_the_newest_row_of_a_key_wins_before_and_after_merging(store: ClickHouseStore) -> None:
     run = new_run()
     store.append([fact_rows(run, 1, 1, make_records(0, 3))])
     store.append([fact_rows(run, 1, 2, [make_record(1, value=50.0)])])
@@ -177,11 +182,11 @@ def test_the_newest_row_of_a_key_wins_before_and_after_merging(store: Store) -> 
         records = table_to_records(store.record_window(run, 1, 0, 9))
         assert [len(r.tensors) for r in records] == [6, 6, 6]
         for table in ("scalars", "tensor_stats", "steps"):
-            store._facts.command(f"OPTIMIZE TABLE foreshock.{table} FINAL")
+            store._facts.command(f"OPTIMIZE TABLE {table} FINAL")
     assert store.counts(run, exact=False) == store.counts(run)
 
 
-def test_facts_above_the_ledger_are_removed_and_the_others_stay(store: Store) -> None:
+def test_facts_above_the_ledger_are_removed_and_the_others_stay(store: ClickHouseStore) -> None:
     run, top = new_run(), 2**40
     store.append([fact_rows(run, 1, 1, make_records(0, 4))])
     store.append(
@@ -201,7 +206,7 @@ def test_facts_above_the_ledger_are_removed_and_the_others_stay(store: Store) ->
     }
 
 
-def test_rows_whose_step_is_not_written_yet_stay_out(store: Store) -> None:
+def test_rows_whose_step_is_not_written_yet_stay_out(store: ClickHouseStore) -> None:
     run = new_run()
     store.append([fact_rows(run, 1, 1, make_records(0, 2))])
     ahead = dict(fact_rows(run, 1, 2, make_records(2, 3)))
@@ -214,7 +219,7 @@ def test_rows_whose_step_is_not_written_yet_stay_out(store: Store) -> None:
     assert store.heatmap(View(run), "input", "amax", 99).steps == (0, 1)
 
 
-def test_risk_rows_newest_wins(store: Store) -> None:
+def test_risk_rows_newest_wins(store: ClickHouseStore) -> None:
     run = new_run()
 
     def risk(step: int, probability: float | None) -> pa.Table:
@@ -233,7 +238,7 @@ def test_risk_rows_newest_wins(store: Store) -> None:
         assert history["probability"].to_pylist() == [0.5, 0.25]
 
 
-def test_windows_of_nothing_have_their_columns(store: Store) -> None:
+def test_windows_of_nothing_have_their_columns(store: ClickHouseStore) -> None:
     run = new_run()
     assert store.record_window(run, None, 0, 10).num_rows == 0
     assert store.tensor_window(run, 1, 0, 10).column_names[:2] == ["step", "layer"]
@@ -241,7 +246,7 @@ def test_windows_of_nothing_have_their_columns(store: Store) -> None:
     assert list(store.record_chunks(View(run))) == []
 
 
-def test_records_come_in_chunks_however_far_apart_the_steps_lie(store: Store) -> None:
+def test_records_come_in_chunks_however_far_apart_the_steps_lie(store: ClickHouseStore) -> None:
     run = new_run()
     steps = [0, 1023, 1024, 5000, 2**50]
     store.append([fact_rows(run, 1, 1, [make_record(step) for step in steps])])
@@ -256,14 +261,14 @@ def test_names_outside_the_vocabulary_never_reach_a_query() -> None:
         heatmap_sql(View("r"), "amax) FROM system.users --", smallest=False, format_given=False)
 
 
-def test_a_second_process_or_path_is_told_why(store: Store, tmp_path: Path) -> None:
+def test_a_second_process_or_path_is_told_why(store: ClickHouseStore, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="another foreshock"):
-        Store(tmp_path / "other", lambda _: ())
+        open_chdb(tmp_path / "other", Limits())
     assert store.bounds(View("r")) is None
 
 
 def test_a_query_past_its_time_ends_and_one_that_does_not_is_seen(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: ClickHouseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = store._engine
     slow = "SELECT sleepEachRow(0.5) FROM numbers(60) SETTINGS max_block_size = 1"
@@ -282,4 +287,4 @@ def test_a_query_past_its_time_ends_and_one_that_does_not_is_seen(
 def test_an_engine_that_never_opened_closes(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError):
-        Engine(tmp_path / "file", Limits())
+        open_chdb(tmp_path / "file", Limits())

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from foreshock.api.store import Limits, Store, View
+from foreshock.api.store import Limits, View
+from foreshock.api.store_clickhouse import ClickHouseStore
+from foreshock.api.store_engine import open_chdb
 from tests.api.service import LAYERS, fact_rows, make_records
 
 SECONDS = 60
@@ -17,14 +19,14 @@ SILENCE = 30
 
 WIDE = (
     "SELECT layer, role, format, intDiv(step, 2) AS bucket, avg(amax), max(kurtosis)"
-    " FROM foreshock.tensor_stats WHERE run_id = {run:String} GROUP BY layer, role, format, bucket"
+    " FROM tensor_stats WHERE run_id = {run:String} GROUP BY layer, role, format, bucket"
 )
 
 
 class Soak:
     """One writer and several readers; each beats after every piece of work."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: ClickHouseStore) -> None:
         self.store = store
         self.until = time.monotonic() + SECONDS
         self.written = 0
@@ -60,7 +62,8 @@ class Soak:
 @pytest.mark.long
 def test_the_engine_lives_through_a_minute_of_everything_at_once(tmp_path: Path) -> None:
     """chdb-core 26.5 deadlocked within seconds on the GROUP BY over four keys."""
-    store = Store(tmp_path / "store", lambda _: LAYERS, limits=Limits(seconds=20))
+    engine = open_chdb(tmp_path / "store", Limits(seconds=20))
+    store = ClickHouseStore(engine, lambda _: LAYERS)
     soak = Soak(store)
     soak.start("writer", soak.write)
     for index in range(3):

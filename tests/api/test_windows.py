@@ -11,6 +11,8 @@ import pytest
 
 from foreshock.api.risks import risk_document, risk_history, risk_table
 from foreshock.api.store import Store
+from foreshock.api.store_open import open_store
+from foreshock.api.store_url import ChdbPlace
 from foreshock.api.windows import RunRecords, run_window
 from foreshock.monitor.record import Event, Risk, records_to_table
 from tests.api.live_helpers import START, record, risk
@@ -19,7 +21,7 @@ from tests.api.service import LAYERS, fact_rows, make_record
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    store = Store(tmp_path_factory.mktemp("windows") / "store", lambda _: LAYERS)
+    store = open_store(ChdbPlace(tmp_path_factory.mktemp("windows") / "store"), lambda _: LAYERS)
     yield store
     store.close()
 

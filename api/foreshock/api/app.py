@@ -36,6 +36,7 @@ from foreshock.api.routes import (
 from foreshock.api.services import Latest, Live, Services
 from foreshock.api.settings import Settings
 from foreshock.api.store import Limits, Store, StoreBusy, StoreError
+from foreshock.api.store_open import open_store
 
 __all__ = ["LiveFactory", "NoLive", "create_app"]
 
@@ -125,8 +126,8 @@ def _open(settings: Settings, live: LiveFactory | None, stack: ExitStack) -> Ser
         memory_bytes=settings.query_bytes,
         clients=settings.query_clients,
     )
-    store = Store(
-        settings.data_dir / "store",
+    store = open_store(
+        settings.store_place,
         registry.layer_names,
         limits=limits,
         fsync=settings.fsync,

@@ -269,7 +269,8 @@ class Ingest:
     @property
     def disk_full(self) -> bool:
         """Whether too little disk is free to take batches."""
-        return self._store.free_bytes() < self._min_free_bytes
+        free = self._store.free_bytes()
+        return free is not None and free < self._min_free_bytes
 
     @property
     def waiting(self) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Self
 
+from foreshock.api.store_url import StorePlace, StoreUrlError, parse_store
+
 __all__ = ["Settings", "SettingsError", "is_loopback"]
 
 _MEBIBYTE: Final = 1024 * 1024
@@ -38,6 +40,7 @@ class Settings:
 
     Attributes:
         data_dir: Folder of the store and the registry; one process per folder.
+        store: Where statistics are kept, see `store_url.py`; empty: in the data folder.
         host: Address to listen on. Any address but loopback needs a token.
         port: TCP port; 0 takes a free one.
         token: Bearer token; None lets everyone in who reaches the loopback address.
@@ -65,6 +68,7 @@ class Settings:
     """
 
     data_dir: Path = Path("foreshock-data")
+    store: str = field(default="", repr=False)
     host: str = "127.0.0.1"
     port: int = 8420
     token: str | None = field(default=None, repr=False)
@@ -96,6 +100,10 @@ class Settings:
             raise SettingsError(
                 f"retention_days is {self.retention_days}; allowed: 0 (keep) or more"
             )
+        try:
+            parse_store(self.store, self.data_dir)
+        except StoreUrlError as error:
+            raise SettingsError(str(error)) from None
         if self.token is not None and len(self.token) < _SHORTEST_TOKEN:
             raise SettingsError(
                 f"the token has {len(self.token)} characters; use {_SHORTEST_TOKEN} or more"
@@ -105,6 +113,11 @@ class Settings:
                 f"refusing to listen on {self.host} without a token: anyone could read and write. "
                 "Set FORESHOCK_TOKEN (or --token), or listen on 127.0.0.1"
             )
+
+    @property
+    def store_place(self) -> StorePlace:
+        """Where statistics are kept."""
+        return parse_store(self.store, self.data_dir)
 
     @classmethod
     def from_environment(

@@ -1,17 +1,17 @@
-"""ClickHouse in this process: a pool of clients, limits on every query, and a watch over hung ones.
+"""Access to ClickHouse: a pool of clients, limits on every query, and a watch over hung ones.
 
-One process per path and no fork while it is open: a query in a forked child hangs for ever. Knows
-no table.
+`open_chdb` runs the engine in this process: one process per path and no fork while it is open, for
+a query in a forked child hangs for ever. Knows no table.
 """
 
 from __future__ import annotations
 
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,32 +20,14 @@ import pyarrow as pa
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
-__all__ = ["Engine", "Limits", "StoreBusy", "StoreError", "Writer"]
+from foreshock.api.store import Limits, StoreBusy, StoreError
+
+__all__ = ["DATABASE", "Engine", "Writer", "open_chdb"]
+
+DATABASE: Final = "foreshock"
+"""Where the tables lie, unless the address of a server names another database."""
 
 _GRACE_SECONDS: Final = 10.0
-
-
-class StoreError(Exception):
-    """The engine refused or failed; nothing may be acknowledged on its account."""
-
-
-class StoreBusy(StoreError):
-    """Every client has been in use for too long."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What one query may cost.
-
-    Attributes:
-        seconds: Run time after which the engine ends it.
-        memory_bytes: Memory after which the engine ends it.
-        clients: Queries at the same time; more wait for their turn.
-    """
-
-    seconds: int = 30
-    memory_bytes: int = 2 * 1024**3
-    clients: int = 4
 
 
 class Writer:
@@ -75,16 +57,25 @@ class Writer:
 
 
 class Engine:
-    """The engine under one folder."""
+    """Clients of one place where ClickHouse runs.
 
-    def __init__(self, path: Path, limits: Limits) -> None:
-        """Open the engine.
+    Args:
+        connect: Makes a client whose queries keep the limits.
+        limits: What one query may cost.
+        folder: The disk to watch, where it is this machine's.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Client], limits: Limits, folder: Path | None = None
+    ) -> None:
+        """Make the clients.
 
         Raises:
-            StoreError: The folder cannot be used, usually because another process has it open.
+            ClickHouseError: There is no such place (see `open_chdb` for a message to show).
         """
+        self._connect_one = connect
         self._limits = limits
-        self._path = path
+        self._folder = folder
         self._running: dict[int, float] = {}
         self._lock = threading.Lock()
         self._clients: list[Client] = []
@@ -92,22 +83,12 @@ class Engine:
         try:
             for _ in range(limits.clients):
                 self._idle.put(self._connect())
-        except (ClickHouseError, RuntimeError, OSError) as error:
+        except BaseException:
             self.close()
-            raise StoreError(
-                f"the store in {path} does not open; is another foreshock using it? "
-                f"({_first(error)})"
-            ) from error
+            raise
 
     def _connect(self) -> Client:
-        client = clickhouse_connect.get_client(
-            interface="chdb",
-            path=str(self._path),
-            settings={
-                "max_execution_time": self._limits.seconds,
-                "max_memory_usage": self._limits.memory_bytes,
-            },
-        )
+        client = self._connect_one()
         self._clients.append(client)
         return client
 
@@ -116,6 +97,10 @@ class Engine:
         for client in self._clients:
             client.close()
         self._clients.clear()
+
+    def free_bytes(self) -> int | None:
+        """Free space on the engine's disk; None if that is not this machine's."""
+        return None if self._folder is None else shutil.disk_usage(self._folder).free
 
     def hung_seconds(self) -> float:
         """How far the oldest running query is past the limit that should have ended it; 0 if none.
@@ -162,6 +147,36 @@ class Engine:
         finally:
             with self._lock:
                 del self._running[id(token)]
+
+
+def open_chdb(path: Path, limits: Limits) -> Engine:
+    """ClickHouse in this process, over a folder of its own.
+
+    Raises:
+        StoreError: The folder cannot be used, usually because another process has it open.
+    """
+    settings = _settings(limits)
+
+    def connect(database: str | None = DATABASE) -> Client:
+        return clickhouse_connect.get_client(
+            interface="chdb", path=str(path), database=database, settings=settings
+        )
+
+    try:
+        first = connect(None)
+        try:
+            first.command(f"CREATE DATABASE IF NOT EXISTS {DATABASE}")
+            return Engine(connect, limits, path)
+        finally:
+            first.close()
+    except (ClickHouseError, RuntimeError, OSError) as error:
+        raise StoreError(
+            f"the store in {path} does not open; is another foreshock using it? ({_first(error)})"
+        ) from error
+
+
+def _settings(limits: Limits) -> dict[str, int]:
+    return {"max_execution_time": limits.seconds, "max_memory_usage": limits.memory_bytes}
 
 
 def _first(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The store's SQL: small texts with bound parameters, and which rows a view of a run means.
+"""SQL of the ClickHouse store: small texts with bound parameters, and which rows a view means.
 
 Names of tables and statistics are checked against the vocabulary before they enter a text; values
 never enter one. Runs nothing.
@@ -6,52 +6,19 @@ never enter one. Runs nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from foreshock.api.store_schema import DATABASE, TENSOR_KEY
+from foreshock.api.store import SeriesKey, View
+from foreshock.api.store_schema import TENSOR_KEY
 from foreshock.monitor.record import STATISTICS
 
 __all__ = [
-    "SMALLEST_IS_WORST",
-    "SeriesKey",
-    "View",
     "bounds_sql",
     "heatmap_sql",
     "scalar_series_sql",
     "tensor_series_sql",
     "view_sql",
 ]
-
-LAST_STEP: Final = 2**63 - 1
-
-SMALLEST_IS_WORST: Final = ("headroom_log2", "sqnr_db", "min_nonzero")
-"""Statistics where the small value is the bad one; for the others it is the large one."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """Which records of a run are meant.
-
-    Attributes:
-        run_id: The run.
-        attempt: One attempt, or None: at each step the highest attempt that holds it.
-        first_step: First step.
-        last_step: Last step, included.
-    """
-
-    run_id: str
-    attempt: int | None = None
-    first_step: int = 0
-    last_step: int = LAST_STEP
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Values for the placeholders of `view_sql`."""
-        values: dict[str, Any] = {"run": self.run_id}
-        values |= {"first": self.first_step, "last": self.last_step}
-        return values if self.attempt is None else values | {"attempt": self.attempt}
-
 
 _STEPS: Final = "run_id = {run:String} AND step BETWEEN {first:Int64} AND {last:Int64}"
 
@@ -61,8 +28,7 @@ def bounds_sql(view: View) -> str:
     # The highest attempts at each step cover the same steps as all attempts together.
     only = "" if view.attempt is None else " AND attempt = {attempt:UInt32}"
     return (
-        "SELECT min(step) AS low, max(step) AS high, count() AS n"
-        f" FROM {DATABASE}.steps WHERE {_STEPS}{only}"
+        f"SELECT min(step) AS low, max(step) AS high, count() AS n FROM steps WHERE {_STEPS}{only}"
     )
 
 
@@ -79,38 +45,10 @@ def view_sql(view: View, table: str) -> str:
         where += " AND attempt = {attempt:UInt32}"
     else:
         where += (
-            f" AND (step, attempt) IN (SELECT step, max(attempt) FROM {DATABASE}.steps"
+            f" AND (step, attempt) IN (SELECT step, max(attempt) FROM steps"
             f" WHERE {_STEPS} GROUP BY step)"
         )
-    return f"FROM {DATABASE}.{table} WHERE {where}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SeriesKey:
-    """Which series of a tensor is meant.
-
-    Attributes:
-        layer: Id of the layer.
-        role: Role of the tensor.
-        statistic: One of `STATISTICS`.
-        call_index: Call of the module.
-        expert: Expert, -1 outside mixtures of experts.
-        format: None = the format the run used, else that one, what-if rows included.
-    """
-
-    layer: int
-    role: str
-    statistic: str
-    call_index: int = 0
-    expert: int = -1
-    format: str | None = None
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Values for the placeholders of `tensor_series_sql`."""
-        values: dict[str, Any] = {"layer": self.layer, "role": self.role}
-        values |= {"call": self.call_index, "expert": self.expert}
-        return values if self.format is None else values | {"format": self.format}
+    return f"FROM {table} WHERE {where}"
 
 
 def _checked(statistic: str) -> str:

@@ -14,7 +14,6 @@ import pyarrow as pa
 from foreshock.monitor.record import STATISTICS, TENSOR_TYPE
 
 __all__ = [
-    "DATABASE",
     "FACT_TABLES",
     "NO_EXPERT",
     "RISK_SCHEMA",
@@ -23,7 +22,6 @@ __all__ = [
     "ddl",
 ]
 
-DATABASE: Final = "foreshock"
 FACT_TABLES: Final = ("steps", "scalars", "events", "tensor_stats")
 NO_EXPERT: Final = -1
 """`expert` outside mixtures of experts: a sort key holds no nulls."""
@@ -119,13 +117,13 @@ _ORDER: Final = {
 
 
 def ddl(*, fsync: bool, retention_days: int) -> list[str]:
-    """Statements that make the database; safe to run again.
+    """Statements that make the tables; safe to run again.
 
     Args:
         fsync: Sync every INSERT of facts to disk before it returns.
         retention_days: Delete what was received longer ago; 0 keeps everything.
     """
-    statements = [f"CREATE DATABASE IF NOT EXISTS {DATABASE}"]
+    statements = []
     for table, columns in _COLUMNS.items():
         synced = int(fsync and table in FACT_TABLES)
         statements.append(_create(table, columns, synced))
@@ -141,7 +139,7 @@ def _create(table: str, columns: dict[str, str], synced: int) -> str:
     body = ", ".join(f"{name} {kind} {_CODECS.get(name, '')}" for name, kind in full.items())
     # Partitions by time of receipt: a record's own time is the client's and may be anything.
     return (
-        f"CREATE TABLE IF NOT EXISTS {DATABASE}.{table} "
+        f"CREATE TABLE IF NOT EXISTS {table} "
         f"({body}, INDEX ver_range ver TYPE minmax GRANULARITY 16) "
         f"ENGINE = ReplacingMergeTree(ver) PARTITION BY toYYYYMM(received) "
         f"ORDER BY ({_ORDER[table]}) "
@@ -153,13 +151,13 @@ def _create(table: str, columns: dict[str, str], synced: int) -> str:
 def _add(table: str, columns: dict[str, str]) -> str:
     # A table of an older build lacks the statistics that came since; its rows have nulls there.
     additions = (f"ADD COLUMN IF NOT EXISTS {name} {kind}" for name, kind in columns.items())
-    return f"ALTER TABLE {DATABASE}.{table} {', '.join(additions)}"
+    return f"ALTER TABLE {table} {', '.join(additions)}"
 
 
 def _retention(table: str, days: int) -> str:
     # A date in the far future stands for "keep": a table without TTL refuses REMOVE TTL.
     span = f"INTERVAL {days} DAY" if days else "INTERVAL 50 YEAR"
     return (
-        f"ALTER TABLE {DATABASE}.{table} MODIFY TTL received + {span} "
+        f"ALTER TABLE {table} MODIFY TTL received + {span} "
         "SETTINGS materialize_ttl_after_modify = 0"
     )

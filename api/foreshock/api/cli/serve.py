@@ -27,6 +27,9 @@ def serve(
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Address of the store, e.g. chdb:///path.")
+    ] = None,
     token: Annotated[
         str | None,
         typer.Option(help="Bearer token; better set FORESHOCK_TOKEN.", show_default=False),
@@ -49,6 +52,7 @@ def serve(
         "host": host,
         "port": port,
         "data_dir": data,
+        "store": store,
         "token": token,
         "public_url": public_url,
         "alert_urls": tuple(alert_url) if alert_url else None,

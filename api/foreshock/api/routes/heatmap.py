@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 from foreshock.api.routes.parameters import SelectionDep, check_name
 from foreshock.api.schemas import HeatmapBody, numbers
 from foreshock.api.services import ServicesDep
-from foreshock.api.store_query import SMALLEST_IS_WORST
+from foreshock.api.store import SMALLEST_IS_WORST
 from foreshock.monitor.formats import FORMATS
 from foreshock.monitor.record import ROLES, STATISTICS
 

@@ -9,8 +9,7 @@ from fastapi import Depends, Path, Query
 from foreshock.api.problems import Problem
 from foreshock.api.registry import Run
 from foreshock.api.services import Services, ServicesDep, find_run, view_of
-from foreshock.api.store import SeriesKey
-from foreshock.api.store_query import LAST_STEP
+from foreshock.api.store import LAST_STEP, SeriesKey
 from foreshock.api.store_schema import NO_EXPERT
 from foreshock.monitor.formats import FORMATS
 from foreshock.monitor.record import ROLES, STATISTICS

@@ -54,5 +54,9 @@ gpu-bench:
 dashboards: setup-dev
 	$(BIN)/python -m dashboards.build
 
+# The description of the service; a test fails when it is not the service's own.
+docs: setup-dev
+	$(BIN)/python -m docs.openapi
+
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis foreshock-spool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -30,17 +31,35 @@ def test_health_answers(client: httpx.Client) -> None:
         assert client.get(path).json() == {"status": "ok", "reasons": []}
 
 
-def test_the_description_has_stable_names_and_examples(client: httpx.Client) -> None:
-    document = client.get("/api/v1/openapi.json").json()
-    operations = {
-        operation["operationId"]
-        for path in document["paths"].values()
-        for operation in path.values()
-    }
-    ours = {"announceLaunch", "listRuns", "getRun", "putBatch", "getSeries", "getHeatmap"}
-    assert ours | {"getRecords", "getHealth", "getReadiness"} <= operations
-    for name in ("LaunchBody", "RunBody", "RunDetail", "SeriesBody", "HeatmapBody", "BatchReceipt"):
-        assert document["components"]["schemas"][name]["examples"], name
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "named"),
+    [
+        (b"{", {"Content-Type": "application/json"}, 422, "JSON"),
+        (b'{"run": 1}', {"Content-Type": "application/json"}, 422, "body.run"),
+        (b"run=a", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "application/json"),
+        (b"{}", {"Content-Type": "text/plain"}, 415, "text/plain"),
+        (b"{}", {}, 415, "application/json"),
+        (b'"\xff"', {"Content-Type": "application/json"}, 400, "body"),
+    ],
+)
+def test_a_body_that_does_not_read_is_a_problem(
+    client: httpx.Client, body: bytes, headers: dict[str, str], status: int, named: str
+) -> None:
+    for path in ("/api/v1/runs", "/api/v1/alerts/1/feedback"):
+        answer = client.post(path, content=body, headers=headers)
+        assert named in is_problem(answer, status) or path.endswith("feedback")
+
+
+def test_a_body_above_the_limit_is_a_problem(tmp_path: Path) -> None:
+    app = create_app(Settings(data_dir=tmp_path, max_body_bytes=1000))
+    with TestClient(app, base_url="http://127.0.0.1") as inside:
+        headers = {"Content-Type": "application/json"}
+        answer = inside.post("/api/v1/runs", content=b" " * 2000, headers=headers)
+    assert (answer.status_code, answer.headers["content-type"]) == (413, "application/problem+json")
+
+
+def test_files_of_the_page_that_do_not_exist_are_problems(client: httpx.Client) -> None:
+    assert "/assets/absent.js" in is_problem(client.get("/assets/absent.js"), 404)
 
 
 def test_a_name_of_a_stranger_is_not_answered(client: httpx.Client) -> None:

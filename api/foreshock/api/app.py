@@ -13,7 +13,7 @@ import pyarrow as pa
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from foreshock.api import problems
+from foreshock.api import openapi, problems
 from foreshock.api.guard import Guard
 from foreshock.api.ingest import Ingest
 from foreshock.api.ledger import Ledger
@@ -86,6 +86,8 @@ def create_app(settings: Settings, *, live: LiveFactory | None = None) -> FastAP
         description=_DESCRIPTION,
         version="1",
         openapi_url="/api/v1/openapi.json",
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        generate_unique_id_function=openapi.operation_name,
         # Their pages load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
@@ -96,6 +98,7 @@ def create_app(settings: Settings, *, live: LiveFactory | None = None) -> FastAP
     app.include_router(metrics.router)
     app.include_router(page.router)
     problems.install(app)
+    openapi.install(app)
     app.add_exception_handler(StoreError, _on_store_error)
     app.add_middleware(Guard, settings=settings)
     return app

@@ -89,7 +89,7 @@ def _on_http(request: Request, error: Exception) -> Response:
     return problem_response(Problem(error.status_code, detail, headers=error.headers))
 
 
-def _on_invalid(_: Request, error: Exception) -> Response:
+def _on_invalid(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise TypeError("registered for RequestValidationError only")
     # The offending input stays out: it may be huge, secret, or NaN.
@@ -97,9 +97,18 @@ def _on_invalid(_: Request, error: Exception) -> Response:
         {"where": ".".join(str(part) for part in item["loc"]), "reason": item["msg"]}
         for item in error.errors()
     ]
+    if any(item["loc"] == ("body",) for item in error.errors()) and not _says_json(request):
+        given = request.headers.get("content-type", "")
+        reason = f"Content-Type {given!r} is not read; allowed: application/json"
+        return problem_response(Problem(415, reason))
     first = errors[0] if errors else {"where": "request", "reason": "invalid"}
     detail = f"{first['where']}: {first['reason']}"
     return problem_response(Problem(422, detail, members={"errors": errors}))
+
+
+def _says_json(request: Request) -> bool:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return media_type == "application/json" or media_type.endswith("+json")
 
 
 def _on_unexpected(request: Request, error: Exception) -> Response:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
-from pydantic.config import JsonDict
 
 from foreshock.monitor.record import encode_number
 
@@ -36,22 +35,6 @@ Number = float | NonFinite | None
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 LayerName = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
-_RUN_EXAMPLE: Final[JsonDict] = {
-    "run_id": "5f0c8a1e9b7d4c3f8e2a6b1d0c9f7e5a",
-    "project": "default",
-    "run": "llama-1b",
-    "status": "live",
-    "attempts": 2,
-    "attempt": 2,
-    "first_step": 0,
-    "last_step": 4120,
-    "last_received": "2026-01-31T12:00:00Z",
-    "loss": 2.81,
-    "state": "pending",
-    "kind": "forecast",
-    "risk": {"10": 0.02, "100": 0.31, "1000": None},
-}
-
 
 def number(value: float | None) -> Number:
     """A number for an answer."""
@@ -70,22 +53,6 @@ class _Body(BaseModel):
 class LaunchBody(_Body):
     """One start of a training job."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "run": "llama-1b",
-                    "launch_id": "0b9f2c4e-6f1d-4a53-9d0e-2f7c1b8a6e35",
-                    "first_step": 0,
-                    "config": {"learning_rate": 0.0003},
-                    "layers": ["blocks.0.mlp.up", "blocks.0.mlp.down"],
-                    "tokens_per_step": 1048576,
-                    "world_size": 64,
-                }
-            ]
-        }
-    )
-
     project: Name = Field("default", description="Group of runs.")
     run: Name = Field(description="Name of the run, unique within its project.")
     launch_id: UUID = Field(description="Made by the client once per process group.")
@@ -102,20 +69,12 @@ class LaunchBody(_Body):
 class LaunchAnswer(_Body):
     """Where the records of a launch will go."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"run_id": _RUN_EXAMPLE["run_id"], "attempt": 1}]}
-    )
-
     run_id: str
     attempt: int = Field(description="Attempt that this launch starts, counted from 1.")
 
 
 class BatchReceipt(_Body):
     """A batch is durable."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"duplicate": False, "attempts": [1], "records": 32}]}
-    )
 
     duplicate: bool = Field(description="It was durable before this request.")
     attempts: list[int] = Field(description="Attempts that its records belong to.")
@@ -136,8 +95,6 @@ class AttemptBody(_Body):
 
 class RunBody(_Body):
     """A run at a glance."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [_RUN_EXAMPLE]})
 
     run_id: str
     project: str
@@ -164,23 +121,6 @@ class RunBody(_Body):
 class RunDetail(RunBody):
     """A run with all that its page needs."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                _RUN_EXAMPLE
-                | {
-                    "tokens_per_step": 1048576,
-                    "world_size": 64,
-                    "config": {"learning_rate": 0.0003},
-                    "layers": ["blocks.0.mlp.up"],
-                    "scalars": ["grad_norm", "loss"],
-                    "statistics": ["amax", "kurtosis"],
-                    "history": [],
-                }
-            ]
-        }
-    )
-
     tokens_per_step: int | None
     world_size: int | None
     config: dict[str, JsonValue]
@@ -201,20 +141,6 @@ class RunList(_Body):
 class SeriesBody(_Body):
     """One series, downsampled into buckets of equal width in steps."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "step": [0, 2],
-                    "min": [2.5, "NaN"],
-                    "mean": [2.6, "NaN"],
-                    "max": [2.7, "NaN"],
-                    "nonfinite": [0, 2],
-                }
-            ]
-        }
-    )
-
     step: list[int] = Field(description="First step of each bucket.")
     min: list[Number] = Field(description="Smallest finite value; a word where none is finite.")
     mean: list[Number]
@@ -224,19 +150,6 @@ class SeriesBody(_Body):
 
 class HeatmapBody(_Body):
     """The worst value of a statistic per layer and bucket of steps."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "layers": ["blocks.0.mlp.up"],
-                    "steps": [0, 8],
-                    "values": [[3.1, None]],
-                    "worst": "max",
-                }
-            ]
-        }
-    )
 
     layers: list[str] = Field(description="In model order.")
     steps: list[int] = Field(description="First step of each bucket.")

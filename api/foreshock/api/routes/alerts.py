@@ -14,10 +14,12 @@ from pydantic import BaseModel, Field
 
 from foreshock.api.alert_log import Alert, UnknownAlert
 from foreshock.api.alert_text import alert_annotations, alert_labels, summary
+from foreshock.api.openapi import errors
 from foreshock.api.problems import Problem
 from foreshock.api.routes.live_parts import Live, Number
+from foreshock.api.schemas import number
 from foreshock.api.services import ServicesDep, find_run
-from foreshock.monitor.record import RiskKind, encode_number
+from foreshock.monitor.record import RiskKind
 
 __all__ = ["AlertList", "AlertModel", "DeliveryModel", "Feedback", "router"]
 
@@ -80,15 +82,17 @@ class Feedback(BaseModel):
     note: Annotated[str | None, Field(max_length=2000)] = None
 
 
-@router.get("/alerts")
+@router.get("/alerts", responses=errors(404))
 def list_alerts(
     live: Live,
     services: ServicesDep,
     *,
     run: Annotated[str | None, Query(description="Name or id of a run")] = None,
     project: Annotated[str, Query(description="Project of the run")] = "default",
-    state: Literal["pending", "firing", "resolved"] | None = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    state: Annotated[
+        Literal["pending", "firing", "resolved"] | None, Query(description="Only those.")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="At most so many.")] = 100,
 ) -> AlertList:
     """Alerts, newest first, of one run or of all."""
     run_id = None if run is None else find_run(services, run, project).run_id
@@ -98,8 +102,10 @@ def list_alerts(
 
 
 @router.post("/alerts/{id}/feedback")
-def feedback(
-    live: Live, alert_id: Annotated[int, Path(alias="id", ge=1, lt=2**63)], answer: Feedback
+def post_alert_feedback(
+    live: Live,
+    alert_id: Annotated[int, Path(alias="id", ge=1, lt=2**63, description="The alert.")],
+    answer: Feedback,
 ) -> AlertModel:
     """Say whether an alert was right; a later answer replaces an earlier one."""
     try:
@@ -132,8 +138,8 @@ def _model(alert: Alert, delivered: tuple[Mapping[str, Any], ...]) -> AlertModel
         ends_at=alert.ends_at,
         end_reason=alert.end_reason,
         summary=summary(alert, transition),
-        probability={str(h): encode_number(p) for h, p in content.probability.items()},
-        expected_lead=encode_number(content.expected_lead),
+        probability={str(h): number(p) for h, p in content.probability.items()},
+        expected_lead=number(content.expected_lead),
         causes=[dict(cause) for cause in content.causes],
         drivers=[dict(driver) for driver in content.drivers],
         model_version=content.model_version,

@@ -12,9 +12,12 @@ from fastapi import APIRouter, Header, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from foreshock.api.arrowguard import BodyTooLarge
+from foreshock.api.bodies import RECORDS_BODY
 from foreshock.api.ingest import BatchConflict, Incoming, Receipt, Refused, Unavailable
 from foreshock.api.ledger import BatchKey
+from foreshock.api.openapi import errors
 from foreshock.api.problems import Problem
+from foreshock.api.routes.parameters import ContentEncoding, RunName
 from foreshock.api.schemas import BatchReceipt
 from foreshock.api.services import Services, ServicesDep
 from foreshock.api.wire import (
@@ -39,51 +42,21 @@ _ARROW_TYPES: Final = (ARROW, "application/octet-stream", "")
 _WAIT_SECONDS: Final = 60.0
 _RETRY: Final = {"Retry-After": "1"}
 
-_BODY: Final = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            ARROW: {"schema": {"type": "string", "format": "binary"}},
-            JSON: {
-                "schema": {"type": "object"},
-                "examples": {
-                    "two steps": {
-                        "value": {
-                            "records": [
-                                {
-                                    "step": 0,
-                                    "time": "2026-01-31T12:00:00Z",
-                                    "scalars": {"loss": 5.5, "grad_norm": 1.2},
-                                },
-                                {
-                                    "step": 1,
-                                    "time": "2026-01-31T12:00:01Z",
-                                    "scalars": {"loss": "NaN"},
-                                },
-                            ]
-                        }
-                    }
-                },
-            },
-        },
-    }
-}
-
 
 @router.put(
     "/runs/{run}/batches/{batch}",
-    operation_id="putBatch",
     status_code=201,
-    openapi_extra=_BODY,
+    responses=errors(409, also={200: {"model": BatchReceipt, "description": "Durable before"}}),
+    openapi_extra=RECORDS_BODY,
 )
 async def put_batch(
-    run: str,
+    run: RunName,
     batch: Annotated[str, Path(description="{launch_id}-{rank}-{sequence}")],
     request: Request,
     response: Response,
     services: ServicesDep,
-    content_encoding: Annotated[str, Header()] = "identity",
-    content_type: Annotated[str, Header()] = "",
+    content_encoding: ContentEncoding = "identity",
+    content_type: Annotated[str, Header(include_in_schema=False)] = "",
 ) -> BatchReceipt:
     """Store a batch of records exactly once, all or nothing.
 

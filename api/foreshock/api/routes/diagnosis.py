@@ -11,8 +11,10 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from foreshock.api.routes.live_parts import Live, Number, WantedRun
+from foreshock.api.routes.parameters import AttemptNumber
+from foreshock.api.schemas import number
 from foreshock.api.services import view_of
-from foreshock.monitor.record import encode_number
+from foreshock.api.store import LAST_STEP
 
 __all__ = ["CauseModel", "DiagnosisAnswer", "router"]
 
@@ -41,22 +43,24 @@ class DiagnosisAnswer(BaseModel):
 
 
 @router.get("/runs/{run}/diagnosis")
-def diagnosis(
+def get_run_diagnosis(
     run: WantedRun,
     live: Live,
-    step: Annotated[int | None, Query(ge=0, description="As of this step, default newest")] = None,
-    attempt: Annotated[int | None, Query(ge=1, description="Default: the newest")] = None,
+    step: Annotated[
+        int | None, Query(ge=0, le=LAST_STEP, description="As of this step; default: the newest.")
+    ] = None,
+    attempt: AttemptNumber = None,
 ) -> DiagnosisAnswer:
     """Likely causes as of a step, from the records up to it."""
     if run.current is None:
         return DiagnosisAnswer(step=None, causes=[])
-    number = view_of(run, attempt, 0, 0).attempt or run.current.number
-    newest = max(a.last_step or 0 for a in run.attempts if a.number == number)
+    chosen = view_of(run, attempt, 0, 0).attempt or run.current.number
+    newest = max(a.last_step or 0 for a in run.attempts if a.number == chosen)
     as_of = newest if step is None else step
     causes = [
         CauseModel(
             name=cause.name,
-            probability=encode_number(cause.probability),
+            probability=number(cause.probability),
             layers=list(cause.layers),
             role=cause.role,
             statistic=cause.statistic,
@@ -65,6 +69,6 @@ def diagnosis(
             remedy=cause.remedy,
             source=cause.source,
         )
-        for cause in live.diagnose(run.run_id, number, as_of)
+        for cause in live.diagnose(run.run_id, chosen, as_of)
     ]
     return DiagnosisAnswer(step=as_of, causes=causes)

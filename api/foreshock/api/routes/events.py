@@ -5,7 +5,7 @@ A stream to look at, not a log: a reader that was away too long gets `reset` and
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header
 from fastapi.responses import StreamingResponse
@@ -30,15 +30,32 @@ class EventStreamResponse(StreamingResponse):
     media_type = _MEDIA_TYPE
 
 
-@router.get("/events", response_class=EventStreamResponse)
-async def all_events(live: Live, last_event_id: LastEventId = None) -> StreamingResponse:
+_ANSWER: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "content": {
+            _MEDIA_TYPE: {
+                "schema": {"type": "string"},
+                "examples": {
+                    "one step": {
+                        "value": "id: 1f2e3d4c-812\nevent: step\n"
+                        'data: {"run_id":"5f0c8a1e9b7d4c3f8e2a6b1d0c9f7e5a","step":4120}\n\n'
+                    }
+                },
+            }
+        }
+    }
+}
+
+
+@router.get("/events", response_class=EventStreamResponse, responses=_ANSWER)
+async def stream_events(live: Live, last_event_id: LastEventId = None) -> StreamingResponse:
     """Events of all runs: `step`, `risk`, `alert`, and `reset` after a gap."""
     body = live.stream.follow(last_event_id=last_event_id)
     return EventStreamResponse(body, headers=_HEADERS)
 
 
-@router.get("/runs/{run}/events", response_class=EventStreamResponse)
-async def run_events(
+@router.get("/runs/{run}/events", response_class=EventStreamResponse, responses=_ANSWER)
+async def stream_run_events(
     run: WantedRun, live: Live, last_event_id: LastEventId = None
 ) -> StreamingResponse:
     """Events of one run: `step`, `risk`, `alert`, and `reset` after a gap."""

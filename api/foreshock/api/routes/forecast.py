@@ -11,11 +11,13 @@ from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
+from foreshock.api.bodies import RECORDS_BODY
 from foreshock.api.columns import RecordReader
 from foreshock.api.live_run import Scorer
 from foreshock.api.problems import Problem
 from foreshock.api.risks import risk_document
 from foreshock.api.routes.live_parts import Live
+from foreshock.api.routes.parameters import ContentEncoding
 from foreshock.api.routes.risk import RiskModel
 from foreshock.api.services import ServicesDep
 from foreshock.api.wire import (
@@ -43,35 +45,13 @@ class ForecastAnswer(BaseModel):
     risks: list[RiskModel]
 
 
-_BODY: Final = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            JSON: {
-                "schema": {"type": "object", "properties": {"records": {"type": "array"}}},
-                "example": {
-                    "records": [
-                        {
-                            "step": 0,
-                            "time": "2026-11-21T12:00:00Z",
-                            "scalars": {"loss": 10.8, "grad_norm": 3.1},
-                        }
-                    ]
-                },
-            },
-            ARROW: {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-}
-
-
-@router.post("/forecast", openapi_extra=_BODY)
-async def forecast(
+@router.post("/forecast", openapi_extra=RECORDS_BODY)
+async def post_forecast(
     request: Request,
     live: Live,
     services: ServicesDep,
-    content_type: Annotated[str, Header()] = JSON,
-    content_encoding: Annotated[str, Header()] = "identity",
+    content_type: Annotated[str, Header(include_in_schema=False)] = JSON,
+    content_encoding: ContentEncoding = "identity",
 ) -> ForecastAnswer:
     """Score records of one run, with rising steps; at most 20,000 a call."""
     settings = services.settings

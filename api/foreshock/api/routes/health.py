@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 from fastapi import APIRouter, Response
 
 from foreshock.api.schemas import Health
@@ -12,16 +14,20 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["health"])
 
+_FAILING: Final[dict[int | str, dict[str, Any]]] = {
+    503: {"model": Health, "description": "Failing, with the reasons"}
+}
 
-@router.get("/healthz", operation_id="getHealth")
-async def healthz(services: ServicesDep, response: Response) -> Health:
+
+@router.get("/healthz", responses=_FAILING)
+async def get_health(services: ServicesDep, response: Response) -> Health:
     """Whether the process does its work; 503 means: restart it."""
     # Runs in the event loop, so that it answers even if every worker thread hangs.
     return _answer(_faults(services), response)
 
 
-@router.get("/readyz", operation_id="getReadiness")
-def readyz(services: ServicesDep, response: Response) -> Health:
+@router.get("/readyz", responses=_FAILING)
+def get_readiness(services: ServicesDep, response: Response) -> Health:
     """Whether requests will be served now: as health, and the store answers."""
     faults = _faults(services)
     if services.ingest.disk_full:

@@ -18,8 +18,8 @@ __all__ = ["router"]
 router = APIRouter(tags=["reading"])
 
 
-@router.get("/runs/{run}/heatmap", operation_id="getHeatmap")
-def get_heatmap(
+@router.get("/runs/{run}/heatmap")
+def get_run_heatmap(
     chosen: SelectionDep,
     services: ServicesDep,
     statistic: Annotated[str, Query(description="A statistic, e.g. kurtosis.")],

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Path, Query
+from fastapi import Depends
 
 from foreshock.api.live_service import LiveService
 from foreshock.api.problems import Problem
 from foreshock.api.registry import Run
+from foreshock.api.routes.parameters import Project, RunName
+from foreshock.api.schemas import Number
 from foreshock.api.services import ServicesDep, find_run
 
 __all__ = ["Live", "Number", "WantedRun"]
-
-Number = float | str | None
-"""A number in JSON: non-finite ones are the words NaN, Infinity and -Infinity."""
 
 
 def _live(services: ServicesDep) -> LiveService:
@@ -31,8 +30,8 @@ Live = Annotated[LiveService, Depends(_live)]
 
 def _wanted(
     services: ServicesDep,
-    run: Annotated[str, Path(description="Name or id of the run", max_length=128)],
-    project: Annotated[str, Query(description="Its project; not needed with an id")] = "default",
+    run: RunName,
+    project: Project = "default",
 ) -> Run:
     return find_run(services, run, project)
 

@@ -5,9 +5,10 @@ Outside `/api/v1`, where scrapers expect it.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 
 from foreshock.api.routes.live_parts import Live
@@ -16,9 +17,23 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["service"])
 
+_ANSWER: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "content": {
+            media_type: {
+                "schema": {"type": "string"},
+                "examples": {"one run": {"value": 'foreshock_loss{run="llama-1b"} 2.81\n'}},
+            }
+            for media_type in ("text/plain", "application/openmetrics-text")
+        }
+    }
+}
 
-@router.get("/metrics", response_class=Response)
-def metrics(live: Live, accept: Annotated[str, Header()] = "") -> Response:
+
+@router.get("/metrics", response_class=PlainTextResponse, responses=_ANSWER)
+def get_metrics(
+    live: Live, accept: Annotated[str, Header(include_in_schema=False)] = ""
+) -> Response:
     """Live runs and the service itself."""
     encoder, content_type = choose_encoder(accept)
     return Response(encoder(live.metrics), media_type=None, headers={"Content-Type": content_type})

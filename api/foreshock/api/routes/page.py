@@ -58,7 +58,7 @@ def asset(
     """One file of the page. A versioned address never changes, every other is asked for again."""
     found = _assets().get(name)
     if found is None:
-        return Response(status_code=404)
+        raise Problem(404, f"there is no /assets/{name}")
     headers = {
         "Cache-Control": "public, max-age=31536000, immutable" if version else "no-cache",
         "ETag": found.etag,

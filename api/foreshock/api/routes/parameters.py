@@ -4,17 +4,42 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Path, Query
+from fastapi import Depends, Header, Path, Query
 
 from foreshock.api.problems import Problem
 from foreshock.api.registry import Run
 from foreshock.api.services import Services, ServicesDep, find_run, view_of
 from foreshock.api.store import LAST_STEP, SeriesKey
 from foreshock.api.store_schema import NO_EXPERT
+from foreshock.api.wire import ENCODINGS
 from foreshock.monitor.formats import FORMATS
 from foreshock.monitor.record import ROLES, STATISTICS
 
-__all__ = ["Selection", "SelectionDep", "TensorQuery", "check_name"]
+__all__ = [
+    "AttemptNumber",
+    "ContentEncoding",
+    "FirstStep",
+    "LastStep",
+    "Project",
+    "RunName",
+    "Selection",
+    "SelectionDep",
+    "TensorQuery",
+    "check_name",
+]
+
+RunName = Annotated[
+    str, Path(max_length=128, description="run_id, or the name within the project.")
+]
+Project = Annotated[str, Query(max_length=128, description="Its project; not needed with an id.")]
+FirstStep = Annotated[int, Query(ge=0, le=LAST_STEP, description="First step, included.")]
+LastStep = Annotated[int, Query(ge=0, le=LAST_STEP, description="Last step, included.")]
+AttemptNumber = Annotated[
+    int | None,
+    Query(ge=1, lt=2**31, description="Default: at each step the highest that holds it."),
+]
+
+ContentEncoding = Annotated[str, Header(description=f"One of {', '.join(ENCODINGS)}.")]
 
 
 class Selection:
@@ -28,13 +53,11 @@ class Selection:
     def __init__(
         self,
         services: ServicesDep,
-        run: Annotated[str, Path(description="run_id, or the name within the project.")],
-        project: str = "default",
-        attempt: Annotated[
-            int | None, Query(ge=1, description="Default: at each step the highest that holds it.")
-        ] = None,
-        first_step: Annotated[int, Query(ge=0)] = 0,
-        last_step: Annotated[int, Query(ge=0, le=LAST_STEP, description="Included.")] = LAST_STEP,
+        run: RunName,
+        project: Project = "default",
+        attempt: AttemptNumber = None,
+        first_step: FirstStep = 0,
+        last_step: LastStep = LAST_STEP,
     ) -> None:
         self.run = find_run(services, run, project)
         self.view = view_of(self.run, attempt, first_step, last_step)
@@ -51,8 +74,12 @@ class TensorQuery:
         layer: Annotated[str | None, Query(description="A layer of the run.")] = None,
         role: Annotated[str, Query(description=f"One of {', '.join(ROLES)}.")] = "input",
         statistic: Annotated[str | None, Query(description="A statistic, e.g. kurtosis.")] = None,
-        call_index: Annotated[int, Query(ge=0)] = 0,
-        expert: Annotated[int | None, Query(ge=0)] = None,
+        call_index: Annotated[
+            int, Query(ge=0, lt=2**31, description="Call of the module within a step.")
+        ] = 0,
+        expert: Annotated[
+            int | None, Query(ge=0, lt=2**31, description="Expert of a mixture of experts.")
+        ] = None,
         format: Annotated[str | None, Query(description="Default: the one the run used.")] = None,
     ) -> None:
         self._layer = layer

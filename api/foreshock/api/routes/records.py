@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from fastapi import APIRouter, Header
 from fastapi.responses import StreamingResponse
 
+from foreshock.api.bodies import CSV, PARQUET, RECORDS_ANSWER
+from foreshock.api.openapi import errors
 from foreshock.api.problems import Problem
 from foreshock.api.routes.parameters import SelectionDep
 from foreshock.api.services import ServicesDep
@@ -26,21 +28,18 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["reading"])
 
-PARQUET: Final = "application/vnd.apache.parquet"
-CSV: Final = "text/csv"
 _PIECE: Final = 256 * 1024
 
 
 @router.get(
     "/runs/{run}/records",
-    operation_id="getRecords",
     response_class=StreamingResponse,
-    responses={200: {"content": {ARROW: {}, PARQUET: {}, CSV: {}, JSON: {}}}},
+    responses=errors(406, also={200: {"content": RECORDS_ANSWER}}),
 )
-def get_records(
+def get_run_records(
     chosen: SelectionDep,
     services: ServicesDep,
-    accept: Annotated[str, Header()] = "*/*",
+    accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
 ) -> StreamingResponse:
     """Records by step, as stored. CSV holds the scalars only, one column each."""
     media_type = _chosen(accept)

@@ -6,42 +6,22 @@ Reads what the live analysis found; scores nothing itself.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, Field
 
 from foreshock.api.registry import Run
 from foreshock.api.risks import risk_document, risk_history
 from foreshock.api.routes.live_parts import Live, Number, WantedRun
+from foreshock.api.routes.parameters import AttemptNumber, FirstStep, LastStep
 from foreshock.api.services import ServicesDep, view_of
-from foreshock.api.store import Store
+from foreshock.api.store import LAST_STEP, Store
 from foreshock.monitor.record import HORIZONS, AlertState, Risk, RiskKind
 
 __all__ = ["DriverModel", "RiskAnswer", "RiskHistory", "RiskModel", "router"]
 
 router = APIRouter(tags=["risk"])
-
-_LAST: Final = 2**63 - 1
-_EXAMPLE: Final[dict[str, JsonValue]] = {
-    "step": 312,
-    "probability": {"10": 0.12, "100": 0.71, "1000": None},
-    "band": {"10": [0.05, 0.2], "100": [0.5, 0.85]},
-    "reasons": {"1000": "the corpus holds no run that long"},
-    "expected_lead": 43.0,
-    "kind": "forecast",
-    "state": "firing",
-    "drivers": [
-        {"signal": "grad_output.kurtosis.max", "contribution": 1.4, "layer": "blocks.3.mlp.down"}
-    ],
-    "model_version": "2026.11-1",
-    "run_id": "0f8c3a5e9b7d4c21a6f0e1d2c3b4a596",
-    "attempt": 1,
-    "time": "2026-11-21T12:00:00Z",
-    "horizon_steps": [10, 100, 1000],
-    "steps_per_record": 1,
-    "hours_at_risk": 0.4,
-}
 
 
 class DriverModel(BaseModel):
@@ -71,8 +51,6 @@ class RiskModel(BaseModel):
 class RiskAnswer(RiskModel):
     """The newest risk of a run."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
-
     run_id: str
     attempt: int | None = None
     time: datetime | None = None
@@ -96,7 +74,7 @@ class RiskHistory(BaseModel):
 
 
 @router.get("/runs/{run}/risk")
-def newest_risk(run: WantedRun, live: Live, services: ServicesDep) -> RiskAnswer:
+def get_run_risk(run: WantedRun, live: Live, services: ServicesDep) -> RiskAnswer:
     """The newest risk: per horizon, with drivers, lead and alert state."""
     latest = live.latest(run.run_id)
     if latest is None:
@@ -147,16 +125,14 @@ def _risk(step: int, rows: list[dict[str, Any]]) -> Risk:
 
 
 @router.get("/runs/{run}/risk/history")
-def history(
+def get_run_risk_history(
     run: WantedRun,
     services: ServicesDep,
     *,
-    first_step: Annotated[int, Query(ge=0)] = 0,
-    last_step: Annotated[int, Query(ge=0)] = _LAST,
+    first_step: FirstStep = 0,
+    last_step: LastStep = LAST_STEP,
     points: Annotated[int, Query(ge=2, le=10_000, description="At most so many steps")] = 1000,
-    attempt: Annotated[
-        int | None, Query(ge=1, description="Default: the highest that holds each step")
-    ] = None,
+    attempt: AttemptNumber = None,
 ) -> RiskHistory:
     """Risk by step, thinned so that peaks stay: of each stretch the step of the highest risk."""
     view = view_of(run, attempt, first_step, last_step)

@@ -7,8 +7,10 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Response
 
+from foreshock.api.openapi import errors
 from foreshock.api.problems import Problem
 from foreshock.api.registry import Attempt, LaunchConflict, LaunchRequest, Run
+from foreshock.api.routes.parameters import Project, RunName
 from foreshock.api.schemas import (
     AttemptBody,
     LaunchAnswer,
@@ -29,8 +31,12 @@ _LIVE_FOR: Final = timedelta(minutes=2)
 _ID_LENGTH: Final = 32
 
 
-@router.post("/runs", operation_id="announceLaunch", status_code=201)
-def announce(body: LaunchBody, services: ServicesDep, response: Response) -> LaunchAnswer:
+@router.post(
+    "/runs",
+    status_code=201,
+    responses=errors(409, also={200: {"model": LaunchAnswer, "description": "Known already"}}),
+)
+def announce_launch(body: LaunchBody, services: ServicesDep, response: Response) -> LaunchAnswer:
     """Start an attempt of a run. The same launch_id gives the same answer (200)."""
     if len(body.run) == _ID_LENGTH and all(c in "0123456789abcdef" for c in body.run):
         raise Problem(422, "a run's name must not look like a run_id (32 hex digits)")
@@ -56,7 +62,7 @@ def announce(body: LaunchBody, services: ServicesDep, response: Response) -> Lau
     return LaunchAnswer(run_id=run_id, attempt=attempt)
 
 
-@router.get("/runs", operation_id="listRuns")
+@router.get("/runs")
 def list_runs(
     services: ServicesDep,
     project: Annotated[str | None, Query(description="Only this one.")] = None,
@@ -67,8 +73,8 @@ def list_runs(
     return RunList(runs=[RunBody(**_summary(services, run)) for run in runs])
 
 
-@router.get("/runs/{run}", operation_id="getRun")
-def get_run(run: str, services: ServicesDep, project: str = "default") -> RunDetail:
+@router.get("/runs/{run}")
+def get_run(run: RunName, services: ServicesDep, project: Project = "default") -> RunDetail:
     """One run, by run_id, or by name within a project."""
     found = find_run(services, run, project)
     kinds = services.store.tensor_kinds(found.run_id)

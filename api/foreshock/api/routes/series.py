@@ -26,8 +26,8 @@ def _body(series: Series) -> SeriesBody:
     )
 
 
-@router.get("/runs/{run}/series", operation_id="getSeries")
-def get_series(
+@router.get("/runs/{run}/series")
+def get_run_series(
     chosen: SelectionDep,
     services: ServicesDep,
     tensor: Annotated[TensorQuery, Depends()],

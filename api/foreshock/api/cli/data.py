@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -10,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["register"]
+__all__ = ["DEFAULT_URL", "Project", "Token", "Url", "register"]
 
 Url = Annotated[
     str, typer.Option(envvar="FORESHOCK_URL", help="Address of the service.", show_default=True)
@@ -19,7 +20,7 @@ Token = Annotated[
     str | None, typer.Option(envvar="FORESHOCK_TOKEN", help="Its token.", show_default=False)
 ]
 Project = Annotated[str, typer.Option(help="Project of the run.")]
-_DEFAULT_URL: Final = "http://127.0.0.1:8420"
+DEFAULT_URL: Final = "http://127.0.0.1:8420"
 
 
 def register(app: typer.Typer) -> None:
@@ -30,26 +31,51 @@ def register(app: typer.Typer) -> None:
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(help="A spool folder, or a file of records: .parquet .arrow .json.")
+        Path,
+        typer.Argument(
+            help="A spool folder, records (.parquet .arrow .json), or somebody's log: a file or "
+            "the folder it is in.",
+        ),
     ],
-    run: Annotated[str | None, typer.Option(help="Name of the run; a file only.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="te-debug, hf, tensorboard, wandb, csv, jsonl, parquet; default: looks."),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(help="Read lines: a group (?P<step>...) and one for each scalar."),
+    ] = None,
+    chosen: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="NAME=THEIRS, such as loss=Train/Loss, step=iter, run=id."),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Name of the run; of a log of several, the one to take.")
+    ] = None,
     project: Project = "default",
-    url: Url = _DEFAULT_URL,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and report only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Report as JSON.")] = False,
+    url: Url = DEFAULT_URL,
     token: Token = None,
 ) -> None:
-    """Send a spool or a file of records to a service; doing it twice changes nothing."""
-    from foreshock.api.cli.transfer import TransferError, send_file, send_spool
+    """Send what there is to a service; doing it twice changes nothing.
 
+    Reads Transformer Engine debug logs, Hugging Face's trainer_state.json, TensorBoard event files,
+    W&B exports, CSV, JSON lines, Parquet, and lines by a regular expression. Says what it left out.
+    Exit code 2 for what cannot be read or sent.
+    """
+    from foreshock.api.cli.importers import ImportProblem
+    from foreshock.api.cli.importing import Destination, Reading, import_source
+    from foreshock.api.cli.transfer import TransferError
+
+    reading = Reading(format, tuple(chosen or ()), regex)
+    to = Destination(project, run, None if dry_run else url, token)
     try:
-        if source.is_dir():
-            message = send_spool(source, url, token)
-        else:
-            name = run or source.name.split(".")[0]
-            message = send_file(source, project=project, run=name, client=_client(url, token))
-    except (TransferError, OSError) as error:
+        summary = import_source(source, reading, to)
+    except (ImportProblem, TransferError, OSError) as error:
         typer.echo(f"foreshock import: {error}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(message)
+    typer.echo(json.dumps(summary.as_json()) if as_json else "\n".join(summary.lines()))
 
 
 def export(
@@ -57,7 +83,7 @@ def export(
     target: Annotated[Path, typer.Argument(help="File to write: .parquet .arrow .csv .json.")],
     project: Project = "default",
     attempt: Annotated[int | None, typer.Option(help="Default: the newest view.")] = None,
-    url: Url = _DEFAULT_URL,
+    url: Url = DEFAULT_URL,
     token: Token = None,
 ) -> None:
     """Write a run's records to a file; CSV holds the scalars only."""

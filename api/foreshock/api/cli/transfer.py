@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.console import Console
 from rich.progress import Progress
 
 from foreshock.monitor.record import (
@@ -24,7 +25,18 @@ from foreshock.monitor.record import (
 )
 from foreshock.monitor.shipping import Service, ship_leftovers
 
-__all__ = ["TransferError", "fetch_records", "send_file", "send_spool"]
+__all__ = [
+    "Sent",
+    "TransferError",
+    "fetch_records",
+    "fetch_table",
+    "holds_records",
+    "is_spool",
+    "launch_of",
+    "read_records",
+    "send_spool",
+    "send_table",
+]
 
 _ARROW: Final = "application/vnd.apache.arrow.stream"
 _MEDIA_TYPES: Final = {
@@ -33,6 +45,8 @@ _MEDIA_TYPES: Final = {
     ".csv": "text/csv",
     ".json": "application/json",
 }
+_ARROW_SUFFIXES: Final = (".arrow", ".arrows")
+_PARQUET_MAGIC: Final = b"PAR1"
 _BATCH_RECORDS: Final = 64
 _TRIES: Final = 8
 _NAMESPACE: Final = uuid.UUID("6f2d2c1e-6a0f-4d0b-9a7c-0d6f3a3c5b11")
@@ -42,20 +56,39 @@ class TransferError(Exception):
     """What went wrong, in one line."""
 
 
-def send_spool(root: Path, url: str, token: str | None) -> str:
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What became of a table of records.
+
+    Attributes:
+        batches: All of them.
+        repeats: Those that were there already.
+    """
+
+    batches: int
+    repeats: int
+
+
+def is_spool(root: Path) -> bool:
+    """Whether a folder is one that a watched job writes to."""
+    return any(root.glob("*/*/*/run.json"))
+
+
+def send_spool(root: Path, url: str, token: str | None) -> int:
     """Send all that ended processes left in a spool, oldest launch first.
 
+    Returns:
+        The number of batches.
+
     Raises:
-        TransferError: There is no spool, or something had to stay.
+        TransferError: Something had to stay.
     """
-    if not any(root.glob("*/*/*/run.json")):
-        raise TransferError(f"{root} holds no spool (<project>/<run>/<launch>-<rank>/run.json)")
     try:
         service = Service(url, token=token)
     except ValueError as error:
         raise TransferError(str(error)) from None
     try:
-        with Progress() as progress:
+        with _progress() as progress:
             task = progress.add_task("batches", total=None)
             shipped = ship_leftovers(
                 service, root, progress=lambda _: progress.update(task, advance=1)
@@ -67,55 +100,91 @@ def send_spool(root: Path, url: str, token: str | None) -> str:
             f"{shipped.batches} batches sent, {shipped.waiting} wait, {shipped.refused} refused: "
             f"{shipped.reason}"
         )
-    return f"{shipped.batches} batches sent"
+    return shipped.batches
 
 
-def send_file(path: Path, *, project: str, run: str, client: httpx.Client) -> str:
-    """Send a file of records as one launch of a run.
-
-    The launch_id follows from the contents and the name, so that a repeat is the same launch.
+def holds_records(path: Path) -> bool:
+    """Whether a file holds records of ours rather than somebody's log; by its contents.
 
     Raises:
-        TransferError: The file is no file of records, or the service refuses it.
+        OSError: It cannot be read.
     """
-    contents = hashlib.sha256(path.read_bytes()).hexdigest()
-    launch = str(uuid.uuid5(_NAMESPACE, f"{project}/{run}/{contents}"))
+    with path.open("rb") as file:
+        head = file.read(256)
+    if head.startswith(_PARQUET_MAGIC):
+        try:
+            names = pq.read_schema(path).names
+        except pa.ArrowException:
+            return False
+        return bool({"scalars", "tensors"} & set(names))
+    if path.suffix in _ARROW_SUFFIXES:
+        return True
+    return head.lstrip().startswith(b"{") and b'"records"' in head
+
+
+def read_records(path: Path) -> pa.Table:
+    """A file of records: Parquet, Arrow or JSON.
+
+    Raises:
+        TransferError: It is none, or holds none.
+    """
     try:
         table = _read(path)
     except (RecordError, pa.ArrowException) as error:
         raise TransferError(f"{path}: {str(error).splitlines()[0]}") from None
     if table.num_rows == 0:
         raise TransferError(f"{path} holds no record")
-    announcement = {
-        "project": project,
-        "run": run,
-        "launch_id": launch,
-        "first_step": table["step"][0].as_py(),
-    }
-    with client:
-        run_id = _answered(client, "POST", "runs", json=announcement).json()["run_id"]
-        repeats = 0
-        with Progress() as progress:
-            batches = range(0, table.num_rows, _BATCH_RECORDS)
-            for sequence, first in enumerate(progress.track(batches, description="batches")):
-                # Not compressed: the same records give the same bytes on every machine.
-                body = write_stream(table.slice(first, _BATCH_RECORDS), compression=None)
-                address = f"runs/{run_id}/batches/{launch}-0-{sequence}"
-                headers = {"Content-Type": _ARROW}
-                answer = _answered(client, "PUT", address, content=body, headers=headers)
-                repeats += answer.json()["duplicate"]
-    known = f", {repeats} of {len(batches)} batches were there already" if repeats else ""
-    return f"{table.num_rows} records of run {run}{known}"
+    return table
 
 
 def _read(path: Path) -> pa.Table:
-    if path.suffix == ".parquet":
-        return validate(conform(pq.read_table(path)))
-    if path.suffix in (".arrow", ".arrows"):
+    if path.suffix in _ARROW_SUFFIXES:
         return read_stream(path.read_bytes())
     if path.suffix == ".json":
         return json_to_table(path.read_bytes())
-    raise TransferError(f"{path} is none of: a spool folder, .parquet, .arrow, .json")
+    return validate(conform(pq.read_table(path)))
+
+
+def launch_of(project: str, run: str, contents: str) -> str:
+    """The launch_id of what is imported: the same contents and name are the same launch.
+
+    Args:
+        project: Its project.
+        run: Its name.
+        contents: A digest.
+    """
+    return str(uuid.uuid5(_NAMESPACE, f"{project}/{run}/{contents}"))
+
+
+def send_table(table: pa.Table, announcement: Mapping[str, object], client: httpx.Client) -> Sent:
+    """Send records as one launch.
+
+    Args:
+        table: One or more records.
+        announcement: Body of POST /runs, without first_step.
+        client: Of the service.
+
+    Raises:
+        TransferError: The service does not answer or says no.
+    """
+    body = {**announcement, "first_step": table["step"][0].as_py()}
+    run_id = _answered(client, "POST", "runs", json=body).json()["run_id"]
+    launch = announcement["launch_id"]
+    repeats = 0
+    with _progress() as progress:
+        firsts = range(0, table.num_rows, _BATCH_RECORDS)
+        for sequence, first in enumerate(progress.track(firsts, description="batches")):
+            # Not compressed: the same records give the same bytes on every machine.
+            batch = write_stream(table.slice(first, _BATCH_RECORDS), compression=None)
+            address = f"runs/{run_id}/batches/{launch}-0-{sequence}"
+            headers = {"Content-Type": _ARROW}
+            answer = _answered(client, "PUT", address, content=batch, headers=headers)
+            repeats += answer.json()["duplicate"]
+    return Sent(len(firsts), repeats)
+
+
+def _progress() -> Progress:
+    return Progress(console=Console(stderr=True))
 
 
 def _answered(
@@ -176,6 +245,15 @@ def fetch_records(
     finally:
         partial.unlink(missing_ok=True)
     return size
+
+
+def fetch_table(client: httpx.Client, run: str, query: Mapping[str, str | int]) -> pa.Table:
+    """The records of a run, conformed and validated.
+
+    Raises:
+        TransferError: The service does not answer or says no.
+    """
+    return read_stream(b"".join(_streamed(client, run, _ARROW, query)))
 
 
 def _streamed(

@@ -21,6 +21,16 @@ __all__ = ["BatchFacts", "Placed", "assemble_records", "place", "split", "widen"
 
 _LABELS: Final = ("role", "format", "granularity")
 _IDENTITY: Final = ("layer", "call_index", "role", "expert", "format", "granularity", "what_if")
+_PAIRS: Final = pa.list_(pa.struct([("key", pa.string()), ("value", pa.float64())]))
+_NO_EVENTS: Final = pa.schema(
+    [
+        pa.field("record", pa.int64()),
+        pa.field("step", pa.int64()),
+        pa.field("position", pa.uint32()),
+        *EVENT_TYPE,
+    ]
+).empty_table()
+_NO_EXPERT: Final = pa.scalar(NO_EXPERT, pa.int32())
 # Below it the product with one more 32-bit column fits 64 bits.
 _DENSE_BELOW: Final = 2**30
 
@@ -53,14 +63,13 @@ def split(table: pa.Table) -> BatchFacts:
     Raises:
         RecordError: A tensor stands twice in one record; one of the two would be lost.
     """
-    count = table.num_rows
-    record = pa.array(np.arange(count, dtype=np.int64))
+    record = pa.array(np.arange(table.num_rows, dtype=np.int64))
     steps = pa.table({"record": record, "step": table["step"], "time": table["time"]})
     tensors = flatten_tensors(table)
     for name in ("layer", *_LABELS):
         index = tensors.schema.get_field_index(name)
-        tensors = tensors.set_column(index, name, tensors[name].dictionary_encode())
-    tensors = tensors.combine_chunks()
+        encoded = _only_chunk(tensors[name], pa.string()).dictionary_encode()
+        tensors = tensors.set_column(index, name, encoded)
     if tensors.num_rows:
         _refuse_twins(tensors)
     return BatchFacts(
@@ -73,14 +82,16 @@ def split(table: pa.Table) -> BatchFacts:
 
 def _refuse_twins(tensors: pa.Table) -> None:
     code = tensors["record"].to_numpy()
+    most = int(code[-1])
     for name in _IDENTITY:
-        values = _codes(tensors[name].chunk(0))
-        low, high = int(values.min()), int(values.max())
+        values, low, high = _codes(tensors[name].chunk(0))
         if low == high:
             continue
-        if code.max() >= _DENSE_BELOW:
+        if most >= _DENSE_BELOW:
             code = np.unique(code, return_inverse=True)[1]
+            most = int(code.max())
         code = code * (high - low + 1) + (values - low)
+        most = most * (high - low + 1) + high - low
     ordered = np.sort(code)
     twins = ordered[1:] == ordered[:-1]
     if twins.any():
@@ -89,15 +100,22 @@ def _refuse_twins(tensors: pa.Table) -> None:
         raise RecordError(f"a tensor stands twice: {identity}", tensors["record"][row].as_py())
 
 
-def _codes(column: pa.Array) -> np.ndarray[Any, np.dtype[np.int64]]:
-    if pa.types.is_dictionary(column.type):
-        column = column.indices
-    filled = pc.fill_null(column.cast(pa.int64()), -1)
-    values: np.ndarray[Any, np.dtype[np.int64]] = filled.to_numpy()
-    return values
+def _codes(column: pa.Array) -> tuple[np.ndarray[Any, Any], int, int]:
+    """A number per entry, their smallest and their largest; -1 for null."""
+    if isinstance(column, pa.DictionaryArray):
+        return column.indices.to_numpy().astype(np.int64), 0, len(column.dictionary) - 1
+    if column.null_count == len(column):
+        return np.empty(0, np.int64), -1, -1
+    if column.null_count or pa.types.is_boolean(column.type):
+        column = pc.fill_null(column.cast(pa.int64()), -1)
+    values = column.to_numpy().astype(np.int64)
+    return values, int(values.min()), int(values.max())
 
 
 def _only_chunk(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
+    if column.num_chunks == 1:
+        # Combining one chunk would copy it.
+        return column.chunk(0)
     combined = column.combine_chunks()
     if isinstance(combined, pa.ChunkedArray):
         return combined.chunk(0) if combined.num_chunks else pa.nulls(0, kind)
@@ -105,27 +123,30 @@ def _only_chunk(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
 
 
 def _scalars(table: pa.Table) -> pa.Table:
-    maps = _only_chunk(table["scalars"], SCHEMA.field("scalars").type)
-    lists = maps.cast(pa.list_(pa.struct([("key", pa.string()), ("value", pa.float64())])))
-    pairs = lists.flatten()
+    lists = _only_chunk(table["scalars"], SCHEMA.field("scalars").type).cast(_PAIRS)
+    name, value = lists.flatten().flatten()
     record = pc.list_parent_indices(lists).cast(pa.int64())
-    value = pc.struct_field(pairs, "value")
     columns = {
         "record": record,
         "step": table["step"].take(record),
-        "name": pc.struct_field(pairs, "key").dictionary_encode(),
+        "name": name.dictionary_encode(),
         "value": value,
     }
-    return pa.table(columns).filter(pc.is_valid(value)).combine_chunks()
+    rows = pa.table(columns)
+    if value.null_count:
+        rows = rows.filter(pc.is_valid(value))
+    return rows.combine_chunks()
 
 
 def _events(table: pa.Table) -> pa.Table:
     lists = _only_chunk(table["events"], SCHEMA.field("events").type)
     events = lists.flatten()
+    if len(events) == 0:
+        return _NO_EVENTS
     record = pc.list_parent_indices(lists).cast(pa.int64())
     columns = {"record": record, "step": table["step"].take(record)}
     columns["position"] = pa.array(_ranks(record.to_numpy()), pa.uint32())
-    columns |= {f.name: pc.struct_field(events, f.name) for f in EVENT_TYPE}
+    columns |= zip(EVENT_TYPE.names, events.flatten(), strict=True)
     columns["kind"] = pc.fill_null(columns["kind"], "")
     return pa.table(columns).combine_chunks()
 
@@ -181,9 +202,10 @@ def _stored_tensors(tensors: pa.Table, layer_ids: Mapping[str, int]) -> pa.Table
     codes = tensors["layer"].chunk(0).indices.to_numpy()
     layer = tensors.schema.get_field_index("layer")
     tensors = tensors.set_column(layer, "layer", pa.array(ids[codes]))
+    if tensors["expert"].null_count == 0:
+        return tensors
     expert = tensors.schema.get_field_index("expert")
-    filled = pc.fill_null(tensors["expert"], pa.scalar(NO_EXPERT, pa.int32()))
-    return tensors.set_column(expert, "expert", filled)
+    return tensors.set_column(expert, "expert", pc.fill_null(tensors["expert"], _NO_EXPERT))
 
 
 def _stamp(rows: pa.Table, placed: Placed) -> pa.Table:

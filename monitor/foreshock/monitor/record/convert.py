@@ -206,17 +206,25 @@ def flatten_tensors(table: pa.Table) -> pa.Table:
     Args:
         table: A conformed table.
     """
-    chunks = table["tensors"].combine_chunks()
-    lists = chunks.chunk(0) if isinstance(chunks, pa.ChunkedArray) else chunks
+    column = table["tensors"]
+    # Combining one chunk would copy it.
+    lists = column.chunk(0) if column.num_chunks == 1 else _combined(column)
     tensors = lists.flatten()
     record = pc.list_parent_indices(lists).cast(pa.int64())
     columns = {"record": record, "step": table["step"].take(record)}
-    columns |= {f.name: pc.struct_field(tensors, f.name) for f in TENSOR_TYPE}
+    columns |= zip(TENSOR_TYPE.names, tensors.flatten(), strict=True)
     return pa.table(columns)
 
 
+def _combined(column: pa.ChunkedArray) -> pa.Array:
+    chunks = column.combine_chunks()
+    return chunks.chunk(0) if isinstance(chunks, pa.ChunkedArray) else chunks
+
+
 def write_stream(table: pa.Table, *, compression: str | None = "zstd") -> bytes:
-    """An Arrow IPC stream of a table, buffers compressed."""
+    """An Arrow IPC stream of a table in one piece, buffers compressed."""
+    # A message per record would cost a reader several times as much as one for all.
+    table = table.combine_chunks()
     sink = io.BytesIO()
     options = pa.ipc.IpcWriteOptions(compression=compression)
     with pa.ipc.new_stream(sink, table.schema, options=options) as writer:

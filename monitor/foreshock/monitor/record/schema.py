@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -85,6 +86,15 @@ SCHEMA: Final = pa.schema(
 
 # What a null in an identity column means; the writer left the column out.
 _IDENTITY_DEFAULTS: Final = {"call_index": 0, "granularity": "tensor", "what_if": False}
+
+# Made once: a call into Arrow costs more than it does for the few thousand rows of a batch.
+_PAIRS: Final = pa.list_(pa.struct([("key", pa.string()), ("value", pa.float64())]))
+_TENSOR_NAMES: Final = tuple(field.name for field in TENSOR_TYPE)
+_VOCABULARIES: Final = tuple(
+    (name, known, pa.array(list(known), pa.string()))
+    for name, known in (("role", ROLES), ("format", FORMATS), ("granularity", GRANULARITIES))
+)
+_SOURCES_OR_NULL: Final = pa.array([*SOURCES, None], pa.string())
 
 
 def conform(table: pa.Table) -> pa.Table:
@@ -179,9 +189,9 @@ def validate(table: pa.Table) -> pa.Table:
     Raises:
         RecordError: Names the first record at fault and what would be right.
     """
-    _refuse(table, pc.is_null(table["step"]), "step is missing")
+    _refuse_missing(table, "step")
     _refuse(table, pc.less(table["step"], 0), "step is negative; steps count from 0")
-    _refuse(table, pc.is_null(table["time"]), "time is missing")
+    _refuse_missing(table, "time")
     if table.num_rows == 0:
         return table
     table = table.combine_chunks()
@@ -189,25 +199,32 @@ def validate(table: pa.Table) -> pa.Table:
     return _check_tensors(table)
 
 
+def _refuse_missing(table: pa.Table, name: str) -> None:
+    if table[name].null_count:
+        _refuse(table, pc.is_null(table[name]), f"{name} is missing")
+
+
 def _refuse(table: pa.Table, bad: pa.ChunkedArray, reason: str) -> None:
-    index = pc.index(pc.fill_null(bad, False), True).as_py()
+    index = pc.index(bad, True).as_py()
     if index >= 0:
         raise RecordError(reason, index)
 
 
 def _check_scalars(scalars: pa.Array) -> None:
-    lists = scalars.cast(pa.list_(pa.struct([("key", pa.string()), ("value", pa.float64())])))
-    pairs = pa.table(
-        {
-            "record": pc.list_parent_indices(lists),
-            "key": pc.struct_field(lists.flatten(), "key"),
-        }
-    )
-    counts = pairs.group_by(["record", "key"]).aggregate([([], "count_all")])
-    doubled = counts.filter(pc.greater(counts["count_all"], 1))
-    if doubled.num_rows:
-        first = doubled.sort_by("record").slice(0, 1).to_pylist()[0]
-        raise RecordError(f"scalar {first['key']!r} stands twice", first["record"])
+    lists = scalars.cast(_PAIRS)
+    keys = lists.flatten().flatten()[0].dictionary_encode()
+    names = keys.dictionary
+    if len(keys) < 2:
+        return
+    codes = pc.fill_null(keys.indices, len(names)).to_numpy()
+    records = pc.list_parent_indices(lists).to_numpy()
+    pairs = records.astype(np.int64) * (len(names) + 1) + codes
+    ordered = np.sort(pairs)
+    twins = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twins):
+        first = int(np.flatnonzero(pairs == twins[0])[0])
+        key = names[int(codes[first])].as_py() if codes[first] < len(names) else None
+        raise RecordError(f"scalar {key!r} stands twice", int(records[first]))
 
 
 def _check_tensors(table: pa.Table) -> pa.Table:
@@ -215,36 +232,37 @@ def _check_tensors(table: pa.Table) -> pa.Table:
     tensors = lists.flatten()
     if len(tensors) == 0:
         return table
-    parents = pc.list_parent_indices(lists)
-    columns = {f.name: pc.struct_field(tensors, f.name) for f in TENSOR_TYPE}
-    for name, default in _IDENTITY_DEFAULTS.items():
-        columns[name] = pc.fill_null(columns[name], default)
-    _refuse_tensor(parents, pc.is_null(columns["layer"]), "a tensor has no layer")
-    _refuse_tensor(parents, pc.is_null(columns["numel"]), "a tensor has no numel")
-    vocabularies = (("role", ROLES), ("format", FORMATS), ("granularity", GRANULARITIES))
-    for name, known in vocabularies:
-        allowed = pa.array(list(known), pa.string())
-        unknown = pc.invert(pc.is_in(columns[name], value_set=allowed))
-        _refuse_tensor(parents, unknown, f"a tensor's {name} is unknown; known: {', '.join(known)}")
-    _check_optional(parents, columns["source"], columns["exponents"])
+    columns = dict(zip(_TENSOR_NAMES, tensors.flatten(), strict=True))
+    holes = [name for name in _IDENTITY_DEFAULTS if columns[name].null_count]
+    for name in holes:
+        columns[name] = pc.fill_null(columns[name], _IDENTITY_DEFAULTS[name])
+    for name in ("layer", "numel"):
+        if columns[name].null_count:
+            _refuse_tensor(lists, pc.is_valid(columns[name]), f"a tensor has no {name}")
+    for name, known, allowed in _VOCABULARIES:
+        fine = pc.is_in(columns[name], value_set=allowed)
+        _refuse_tensor(lists, fine, f"a tensor's {name} is unknown; known: {', '.join(known)}")
+    _check_optional(lists, columns["source"], columns["exponents"])
+    if not holes:
+        return table
     struct = pa.StructArray.from_arrays(list(columns.values()), fields=list(TENSOR_TYPE))
     fixed = pa.ListArray.from_arrays(_offsets(lists), struct, type=lists.type, mask=lists.is_null())
     position = table.schema.get_field_index("tensors")
     return table.set_column(position, SCHEMA.field("tensors"), fixed)
 
 
-def _check_optional(parents: pa.Array, source: pa.Array, exponents: pa.Array) -> None:
-    known = pa.array([*SOURCES, None], pa.string())
-    unknown = pc.invert(pc.is_in(source, value_set=known))
-    _refuse_tensor(
-        parents, unknown, f"a tensor's source is unknown; known: {', '.join(SOURCES)}, null"
-    )
-    lengths = pc.fill_null(pc.list_value_length(exponents), EXPONENTS)
-    reason = f"a tensor's exponents are not {EXPONENTS} counts"
-    _refuse_tensor(parents, pc.not_equal(lengths, EXPONENTS), reason)
+def _check_optional(lists: pa.Array, source: pa.Array, exponents: pa.Array) -> None:
+    if source.null_count < len(source):
+        fine = pc.is_in(source, value_set=_SOURCES_OR_NULL)
+        reason = f"a tensor's source is unknown; known: {', '.join(SOURCES)}, null"
+        _refuse_tensor(lists, fine, reason)
+    if exponents.null_count < len(exponents):
+        lengths = pc.fill_null(pc.list_value_length(exponents), EXPONENTS)
+        reason = f"a tensor's exponents are not {EXPONENTS} counts"
+        _refuse_tensor(lists, pc.equal(lengths, EXPONENTS), reason)
 
 
-def _refuse_tensor(parents: pa.Array, bad: pa.Array, reason: str) -> None:
-    index = pc.index(pc.fill_null(bad, True), True).as_py()
+def _refuse_tensor(lists: pa.Array, fine: pa.Array, reason: str) -> None:
+    index = pc.index(fine, False).as_py()
     if index >= 0:
-        raise RecordError(reason, parents[index].as_py())
+        raise RecordError(reason, pc.list_parent_indices(lists)[index].as_py())

@@ -283,6 +283,8 @@ class Ingest:
         Raises:
             BatchConflict: Its id was used for other contents.
         """
+        if self._ledger.beyond(key):
+            return None
         entry = self._ledger.find(key)
         if entry is None:
             return None

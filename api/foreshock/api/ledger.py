@@ -90,6 +90,14 @@ class Ledger:
             row = connection.execute(query).one_or_none()
         return None if row is None else _entry(row)
 
+    def beyond(self, key: BatchKey) -> bool:
+        """Whether a batch comes after all of its stream, as far as memory tells; asks nobody.
+
+        For any thread. False is no answer; True may be outdated, so the writer looks again.
+        """
+        tip = self._tips.get(key.stream)
+        return tip is not None and tip.sequence < key.sequence
+
     def tip(self, stream: tuple[str, int]) -> StreamPoint | None:
         """The batch with the highest sequence of a stream; kept in memory."""
         if stream not in self._tips:

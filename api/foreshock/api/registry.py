@@ -24,6 +24,7 @@ from foreshock.api.registry_tables import attempts, launches, layers, metadata, 
 __all__ = [
     "Attempt",
     "LaunchConflict",
+    "LaunchOwner",
     "LaunchRequest",
     "Registry",
     "Run",
@@ -108,6 +109,15 @@ class Run:
         return max((a.last_step for a in self.attempts if a.last_step is not None), default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchOwner:
+    """The run that a launch belongs to, in what never changes about it."""
+
+    run_id: str
+    project: str
+    name: str
+
+
 class Registry:
     """Access to the registry's database; safe to use from any thread."""
 
@@ -116,7 +126,7 @@ class Registry:
         self.engine = sa.create_engine(f"sqlite:///{path}")
         self._lock = threading.RLock()
         self._layer_ids: dict[str, dict[str, int]] = {}
-        self._launch_runs: dict[str, str] = {}
+        self._owners: dict[str, LaunchOwner] = {}
         self._numbers: dict[tuple[str, int], int] = {}
         sa.event.listen(self.engine, "connect", _on_connect)
         sa.event.listen(self.engine, "begin", _on_begin)
@@ -230,16 +240,24 @@ class Registry:
         with self.engine.begin() as connection:
             return connection.execute(query).scalar_one_or_none()
 
-    def launch_run(self, launch_id: str) -> str | None:
-        """The run_id that a launch belongs to, or None."""
-        if launch_id not in self._launch_runs:
-            query = sa.select(launches.c.run_id).where(launches.c.launch_id == launch_id)
+    def remembered_owner(self, launch_id: str) -> LaunchOwner | None:
+        """As `launch_owner`, from memory alone: None too if it was not asked for before."""
+        return self._owners.get(launch_id)
+
+    def launch_owner(self, launch_id: str) -> LaunchOwner | None:
+        """The run that a launch belongs to, or None."""
+        if launch_id not in self._owners:
+            query = (
+                sa.select(runs.c.run_id, runs.c.project, runs.c.name)
+                .join(launches, runs.c.run_id == launches.c.run_id)
+                .where(launches.c.launch_id == launch_id)
+            )
             with self.engine.begin() as connection:
-                run_id = connection.execute(query).scalar_one_or_none()
-            if run_id is None:
+                row = connection.execute(query).one_or_none()
+            if row is None:
                 return None
-            self._launch_runs[launch_id] = run_id
-        return self._launch_runs[launch_id]
+            self._owners[launch_id] = LaunchOwner(row.run_id, row.project, row.name)
+        return self._owners[launch_id]
 
     def runs(self, project: str | None = None) -> list[Run]:
         """All runs, latest first heard last."""

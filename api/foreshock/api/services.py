@@ -5,9 +5,11 @@ Made in `app.py`, kept in the application's state; knows no route.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from foreshock.api.ingest import CommitListener, Ingest
@@ -43,9 +45,17 @@ class Live(CommitListener, Protocol):
         """The newest answer about a run, or None."""
 
 
+def _decoders() -> CapacityLimiter:
+    return CapacityLimiter(max(2, os.cpu_count() or 1))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """Everything a route may need."""
+    """Everything a route may need.
+
+    `decoders` bounds the threads that take bodies apart: more than there are cores would only wait
+    for each other, and reads of the store, which have threads of their own, never hold up ingest.
+    """
 
     settings: Settings
     registry: Registry
@@ -53,6 +63,7 @@ class Services:
     store: Store
     ingest: Ingest
     live: Live
+    decoders: CapacityLimiter = field(default_factory=_decoders)
 
 
 def _services(request: Request) -> Services:

@@ -37,14 +37,14 @@ class Writer:
         self._client = client
         self._watched = watched
 
-    def insert(self, table: str, rows: pa.Table) -> None:
-        """Insert rows.
+    def insert(self, table: str, rows: pa.Table, settings: Mapping[str, Any] | None = None) -> None:
+        """Insert rows, under settings of the engine for this INSERT alone.
 
         Raises:
             StoreError: It failed; some of the rows may be in.
         """
         with self._watched():
-            self._client.insert_arrow(table, rows)
+            self._client.insert_arrow(table, rows, settings=dict(settings or {}))
 
     def command(self, sql: str, parameters: Mapping[str, Any] | None = None) -> None:
         """Run a statement without rows.

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Annotated, Final
 
+from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
@@ -67,10 +68,10 @@ async def put_batch(
     media_type = content_type.split(";")[0].strip().lower()
     if media_type != JSON and media_type not in _ARROW_TYPES:
         raise Problem(415, f"Content-Type {media_type!r} is not read; allowed: {ARROW}, {JSON}")
-    run_id = await run_in_threadpool(_owner, services, run, key)
+    run_id = await _owner(services, run, key)
     body = await request.body()
     arrival = _Arrival(run_id, key, body, content_encoding, media_type)
-    answer = await run_in_threadpool(_take, services, arrival)
+    answer = await to_thread.run_sync(_take, services, arrival, limiter=services.decoders)
     if isinstance(answer, Receipt):
         receipt = answer
     else:
@@ -97,16 +98,16 @@ def _parse_key(batch: str) -> BatchKey:
     return BatchKey(found[1], int(found[2]), int(found[3]))
 
 
-def _owner(services: Services, run: str, key: BatchKey) -> str:
+async def _owner(services: Services, run: str, key: BatchKey) -> str:
     """The run of a batch's launch, which must be the one in the address."""
-    run_id = services.registry.launch_run(key.launch_id)
-    if run_id is None:
+    owner = services.registry.remembered_owner(key.launch_id)
+    if owner is None:
+        owner = await run_in_threadpool(services.registry.launch_owner, key.launch_id)
+    if owner is None:
         raise Problem(404, f"launch {key.launch_id} is not known; POST /api/v1/runs, then retry")
-    if run != run_id:
-        found = services.registry.run(run_id)
-        if found is None or found.name != run:
-            raise Problem(404, f"launch {key.launch_id} does not belong to run {run!r}")
-    return run_id
+    if run not in (owner.run_id, owner.name):
+        raise Problem(404, f"launch {key.launch_id} does not belong to run {run!r}")
+    return owner.run_id
 
 
 def _take(services: Services, arrival: _Arrival) -> Receipt | Future[Receipt]:

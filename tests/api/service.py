@@ -48,6 +48,11 @@ class Service:
         return self._folder / "data"
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def log(self) -> str:
         return (self._folder / "log").read_text(errors="replace")
 

@@ -18,7 +18,7 @@ from foreshock.api.ledger import Ledger
 from foreshock.api.registry import Registry
 from foreshock.api.store import Store
 from foreshock.api.store_open import open_store
-from foreshock.api.store_url import ChdbPlace
+from foreshock.api.store_url import parse_store
 from foreshock.monitor.record import StepRecord, table_to_records
 from tests.api.service import Service, make_record, new_launch, post_run, put_records
 
@@ -104,8 +104,8 @@ def same(a: StepRecord, b: StepRecord) -> bool:
     return plain and set(a.tensors) == set(b.tensors)
 
 
-def kill_and_count(folder: Path, kills: int, seed: int) -> None:
-    service = Service(folder)
+def kill_and_count(folder: Path, kills: int, seed: int, store_url: str = "") -> None:
+    service = Service(folder, *(["--store", store_url] if store_url else []))
     service.start()
     clients = Clients(service)
     rng = random.Random(seed)
@@ -118,7 +118,7 @@ def kill_and_count(folder: Path, kills: int, seed: int) -> None:
         clients.wait_for_more()
     assert service.stop() == 0, service.log
     registry = Registry(service.data / "registry.sqlite")
-    store = open_store(ChdbPlace(service.data / "store"), registry.layer_names)
+    store = open_store(parse_store(store_url, service.data), registry.layer_names)
     ledger = Ledger(registry)
     for log in clients.logs:
         sent = len(log.acknowledged)
@@ -156,6 +156,10 @@ def _count(store: Store, registry: Registry, run_id: str, sent: int) -> None:
 
 def test_nothing_acknowledged_is_lost_and_nothing_is_there_twice(tmp_path: Path) -> None:
     kill_and_count(tmp_path, kills=3, seed=7)
+
+
+def test_a_sqlite_store_loses_nothing_either(tmp_path: Path) -> None:
+    kill_and_count(tmp_path, kills=1, seed=8, store_url=f"sqlite://{tmp_path}/facts.sqlite")
 
 
 @pytest.mark.long

@@ -128,3 +128,25 @@ def test_a_second_signal_is_no_harm(tmp_path: Path) -> None:
     assert service._process is not None
     service._process.send_signal(signal.SIGINT)
     assert service.stop() == 0
+
+
+def test_a_service_over_sqlite_does_everything_and_loads_no_clickhouse(tmp_path: Path) -> None:
+    service = Service(tmp_path, "--store", f"sqlite://{tmp_path}/facts.sqlite")
+    service.start()
+    launch = new_launch()
+    with service.client() as client:
+        run_id = post_run(client, "small", launch)["run_id"]
+        assert put_records(client, run_id, launch, 0, make_records(0, 20)).status_code == 201
+        assert put_records(client, run_id, launch, 0, make_records(0, 20)).status_code == 200
+        for path in ("/series?name=loss", "/heatmap?statistic=amax", "/records", ""):
+            assert client.get(f"/api/v1/runs/{run_id}{path}").status_code == 200
+        loss = client.get(f"/api/v1/runs/{run_id}/series", params={"name": "loss"}).json()
+        assert loss["mean"] == [float(step) for step in range(20)]
+        deadline = time.monotonic() + 60
+        while client.get(f"/api/v1/runs/{run_id}/risk").json()["step"] != 19:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        mapped = Path(f"/proc/{service.pid}/maps").read_text()
+    assert "_chdb" not in mapped
+    assert not (service.data / "store").exists()
+    assert service.stop() == 0, service.log

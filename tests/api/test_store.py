@@ -171,9 +171,9 @@ def test_what_if_rows_stay_out_unless_their_format_is_asked_for(store: ClickHous
 
 
 def test_the_newest_row_of_a_key_wins_before_and_after_merging(store: ClickHouseStore) -> None:
-    run = new_run()
+    run, top = new_run(), 2**41
     store.append([fact_rows(run, 1, 1, make_records(0, 3))])
-    store.append([fact_rows(run, 1, 2, [make_record(1, value=50.0)])])
+    store.append([fact_rows(run, 1, top + 1, [make_record(1, value=50.0)])])
     assert store.counts(run)["steps"] == 3
     for _ in range(2):
         assert store.scalar_series(View(run), "loss", 9).mean == (0.0, 50.0, 2.0)
@@ -183,6 +183,9 @@ def test_the_newest_row_of_a_key_wins_before_and_after_merging(store: ClickHouse
         assert [len(r.tensors) for r in records] == [6, 6, 6]
         for table in ("scalars", "tensor_stats", "steps"):
             store._facts.command(f"OPTIMIZE TABLE {table} FINAL")
+    # The newer one was not acknowledged after all, and a merge has not eaten the older one.
+    store.discard_after(top)
+    assert store.scalar_series(View(run), "loss", 9).mean == (0.0, 1.0, 2.0)
     assert store.counts(run, exact=False) == store.counts(run)
 
 
@@ -272,7 +275,6 @@ def test_a_query_past_its_time_ends_and_one_that_does_not_is_seen(
 ) -> None:
     engine = store._engine
     slow = "SELECT sleepEachRow(0.5) FROM numbers(60) SETTINGS max_block_size = 1"
-    monkeypatch.setattr(engine, "_limits", Limits(seconds=1))
     with pytest.raises(StoreError):
         engine.read(slow + ", max_execution_time = 1", {})
     assert store.hung_seconds() == 0
@@ -280,7 +282,7 @@ def test_a_query_past_its_time_ends_and_one_that_does_not_is_seen(
     with engine.watched():
         assert store.hung_seconds() == 0
         monkeypatch.setattr(time, "monotonic", lambda: now + 100)
-        assert store.hung_seconds() > 80
+        assert store.hung_seconds() > 60
     assert store.hung_seconds() == 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from foreshock.api.settings import Settings, SettingsError
-from foreshock.api.store_url import ChdbPlace, StoreUrlError, parse_store
+from foreshock.api.store_url import ChdbPlace, SqlitePlace, StoreUrlError, parse_store
 
 DATA = Path("/data")
 
@@ -19,7 +19,8 @@ def test_the_default_is_clickhouse_in_the_data_folder() -> None:
 
 def test_a_folder_has_three_slashes() -> None:
     assert parse_store("chdb:///srv/a%20b", DATA) == ChdbPlace(Path("/srv/a b"))
-    for url in ("chdb://srv/store", "chdb:///", "chdb:"):
+    assert parse_store("sqlite:///srv/facts.sqlite", DATA) == SqlitePlace(Path("/srv/facts.sqlite"))
+    for url in ("sqlite://srv/f", "chdb://srv/store", "chdb:///", "chdb:"):
         with pytest.raises(StoreUrlError, match="three slashes"):
             parse_store(url, DATA)
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 
 from foreshock.api.store import (
@@ -26,6 +24,14 @@ from foreshock.api.store import (
     TensorKinds,
     View,
 )
+from foreshock.api.store_answers import (
+    bucket_width,
+    grid,
+    risk_rows,
+    series,
+    with_layer_names,
+    within,
+)
 from foreshock.api.store_engine import Engine
 from foreshock.api.store_query import (
     bounds_sql,
@@ -36,7 +42,6 @@ from foreshock.api.store_query import (
 )
 from foreshock.api.store_schema import (
     FACT_TABLES,
-    NO_EXPERT,
     RISK_SCHEMA,
     STORED_TENSOR_FIELDS,
     TENSOR_KEY,
@@ -147,7 +152,7 @@ class ClickHouseStore(Store):
             StoreError: It failed.
         """
         version = time.time_ns()
-        tables = [_risk_rows(run_id, attempt, version, table) for run_id, attempt, table in groups]
+        tables = [risk_rows(run_id, attempt, version, table) for run_id, attempt, table in groups]
         if tables:
             with self._derived_lock:
                 self._derived.insert("risk", pa.concat_tables(tables))
@@ -214,7 +219,8 @@ class ClickHouseStore(Store):
         names = ", ".join(field.name for field in STORED_TENSOR_FIELDS)
         sql = f"SELECT step, {names} {view_sql(view, 'tensor_stats')}"
         sql += f" ORDER BY step, {key}, ver DESC LIMIT 1 BY {key}"
-        return self._with_names(view.run_id, self._engine.read(sql, view.parameters))
+        rows = self._engine.read(sql, view.parameters)
+        return with_layer_names(rows, self._layer_names(view.run_id))
 
     def chunks(self, view: View) -> list[int]:
         """Which chunks of `CHUNK_STEPS` steps hold records of a view, rising."""
@@ -246,20 +252,20 @@ class ClickHouseStore(Store):
         """One scalar in at most `points` buckets of equal width in steps."""
         bounds = self.bounds(view)
         if bounds is None:
-            return _series(None)
-        view = _within(view, bounds)
-        values = {"name": name, "origin": bounds[0], "width": _width(bounds, points)}
-        return _series(self._engine.read(scalar_series_sql(view), view.parameters | values))
+            return series(None)
+        view = within(view, bounds)
+        values = {"name": name, "origin": bounds[0], "width": bucket_width(bounds, points)}
+        return series(self._engine.read(scalar_series_sql(view), view.parameters | values))
 
     def tensor_series(self, view: View, key: SeriesKey, points: int) -> Series:
         """One statistic of one tensor in at most `points` buckets of equal width in steps."""
         bounds = self.bounds(view)
         if bounds is None:
-            return _series(None)
-        view = _within(view, bounds)
-        values = key.parameters | {"origin": bounds[0], "width": _width(bounds, points)}
+            return series(None)
+        view = within(view, bounds)
+        values = key.parameters | {"origin": bounds[0], "width": bucket_width(bounds, points)}
         sql = tensor_series_sql(view, key)
-        return _series(self._engine.read(sql, view.parameters | values))
+        return series(self._engine.read(sql, view.parameters | values))
 
     def heatmap(
         self, view: View, role: str, statistic: str, points: int, number_format: str | None = None
@@ -268,8 +274,8 @@ class ClickHouseStore(Store):
         bounds = self.bounds(view)
         if bounds is None:
             return Heatmap(steps=(), values={})
-        view = _within(view, bounds)
-        width = _width(bounds, points)
+        view = within(view, bounds)
+        width = bucket_width(bounds, points)
         values: dict[str, Any] = {"role": role, "origin": bounds[0], "width": width}
         if number_format is not None:
             values["format"] = number_format
@@ -279,60 +285,5 @@ class ClickHouseStore(Store):
         )
         rows = self._engine.read(sql, view.parameters | values)
         steps = tuple(range(bounds[0], bounds[1] + 1, width))
-        return Heatmap(steps=steps, values=self._grid(view.run_id, rows, len(steps)))
-
-    def _grid(
-        self, run_id: str, rows: pa.Table, buckets: int
-    ) -> dict[str, tuple[float | None, ...]]:
-        names = self._layer_names(run_id)
-        grid: dict[int, list[float | None]] = {}
-        columns = (rows[name].to_pylist() for name in ("layer", "bucket", "value", "odd"))
-        for layer, bucket, value, odd in zip(*columns, strict=True):
-            line = grid.setdefault(layer, [None] * buckets)
-            line[bucket] = odd if value is None else value
-        return {names[layer]: tuple(line) for layer, line in sorted(grid.items())}
-
-    def _with_names(self, run_id: str, rows: pa.Table) -> pa.Table:
-        names = pa.array(list(self._layer_names(run_id)), pa.string())
-        position = rows.schema.get_field_index("layer")
-        layer = names.take(rows["layer"].combine_chunks()) if rows.num_rows else names.slice(0, 0)
-        rows = rows.set_column(position, "layer", layer)
-        expert = np.ma.masked_equal(rows["expert"].to_numpy(), NO_EXPERT)
-        position = rows.schema.get_field_index("expert")
-        filled = pa.array(expert.data, pa.int32(), mask=np.ma.getmaskarray(expert))
-        return rows.set_column(position, "expert", filled)
-
-
-def _risk_rows(run_id: str, attempt: int, version: int, table: pa.Table) -> pa.Table:
-    count = table.num_rows
-    rows = pa.table({field.name: table[field.name].cast(field.type) for field in RISK_SCHEMA})
-    rows = rows.append_column("run_id", pa.array([run_id] * count, pa.string()))
-    rows = rows.append_column("attempt", pa.array([attempt] * count, pa.uint32()))
-    return rows.append_column("ver", pa.array([version] * count, pa.uint64()))
-
-
-def _within(view: View, bounds: tuple[int, int]) -> View:
-    # Later records may come in while a request is worked on.
-    return replace(view, first_step=bounds[0], last_step=bounds[1])
-
-
-def _width(bounds: tuple[int, int], points: int) -> int:
-    return max(1, -(-(bounds[1] - bounds[0] + 1) // points))
-
-
-def _series(rows: pa.Table | None) -> Series:
-    if rows is None:
-        return Series(step=(), low=(), mean=(), high=(), nonfinite=())
-    odd = rows["odd"].to_pylist()
-
-    def column(name: str) -> tuple[float, ...]:
-        found = rows[name].to_pylist()
-        return tuple(o if v is None else v for v, o in zip(found, odd, strict=True))
-
-    return Series(
-        step=tuple(rows["step"].to_pylist()),
-        low=column("low"),
-        mean=column("mean"),
-        high=column("high"),
-        nonfinite=tuple(rows["nonfinite"].to_pylist()),
-    )
+        names = self._layer_names(view.run_id)
+        return Heatmap(steps=steps, values=grid(rows, names, len(steps)))

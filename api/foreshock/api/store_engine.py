@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import queue
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,13 +19,12 @@ from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
 from foreshock.api.store import Limits, StoreBusy, StoreError
+from foreshock.api.store_watch import Watch
 
 __all__ = ["DATABASE", "Engine", "Writer", "open_chdb"]
 
 DATABASE: Final = "foreshock"
 """Where the tables lie, unless the address of a server names another database."""
-
-_GRACE_SECONDS: Final = 10.0
 
 
 class Writer:
@@ -76,8 +73,7 @@ class Engine:
         self._connect_one = connect
         self._limits = limits
         self._folder = folder
-        self._running: dict[int, float] = {}
-        self._lock = threading.Lock()
+        self._watch = Watch(limits.seconds)
         self._clients: list[Client] = []
         self._idle: queue.LifoQueue[Client] = queue.LifoQueue()
         try:
@@ -103,15 +99,8 @@ class Engine:
         return None if self._folder is None else shutil.disk_usage(self._folder).free
 
     def hung_seconds(self) -> float:
-        """How far the oldest running query is past the limit that should have ended it; 0 if none.
-
-        Anything above 0 means that the engine no longer keeps its own limits.
-        """
-        with self._lock:
-            oldest = min(self._running.values(), default=None)
-        if oldest is None:
-            return 0.0
-        return max(0.0, time.monotonic() - oldest - self._limits.seconds - _GRACE_SECONDS)
+        """See `Watch.hung_seconds`."""
+        return self._watch.hung_seconds()
 
     def read(self, sql: str, parameters: Mapping[str, Any]) -> pa.Table:
         """Run a query with bound parameters.
@@ -137,16 +126,11 @@ class Engine:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Count a query as running and turn the engine's errors into `StoreError`."""
-        token = object()
-        with self._lock:
-            self._running[id(token)] = time.monotonic()
-        try:
-            yield
-        except (ClickHouseError, RuntimeError, OSError, pa.ArrowInvalid) as error:
-            raise StoreError(_first(error)) from error
-        finally:
-            with self._lock:
-                del self._running[id(token)]
+        with self._watch.running():
+            try:
+                yield
+            except (ClickHouseError, RuntimeError, OSError, pa.ArrowInvalid) as error:
+                raise StoreError(_first(error)) from error
 
 
 def open_chdb(path: Path, limits: Limits) -> Engine:

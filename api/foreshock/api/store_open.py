@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from foreshock.api.store import LayerNames, Limits, Store
-from foreshock.api.store_url import StorePlace
+from foreshock.api.store_sqlite import SqliteStore
+from foreshock.api.store_url import SqlitePlace, StorePlace
 
 __all__ = ["open_store"]
 
@@ -28,6 +29,11 @@ def open_store(
     Raises:
         StoreError: It cannot be used.
     """
+    if isinstance(place, SqlitePlace):
+        return SqliteStore(
+            place.path, layer_names, limits=limits, fsync=fsync, retention_days=retention_days
+        )
+    # ClickHouse is large, and missing on some systems.
     from foreshock.api.store_clickhouse import ClickHouseStore
     from foreshock.api.store_engine import open_chdb
 

@@ -57,11 +57,15 @@ def _checked(statistic: str) -> str:
     return statistic
 
 
+# What stands for a bucket without a finite value: NaN before Infinity before -Infinity.
+_ODD: Final = "if(countIf(isNaN(v)) > 0, toNullable(nan), maxOrNullIf(toFloat64(v), isInfinite(v)))"
+
+
 def _buckets(inner: str) -> str:
     return (
         "SELECT min(s) AS step, minOrNullIf(v, isFinite(v)) AS low,"
         " avgOrNullIf(v, isFinite(v)) AS mean, maxOrNullIf(v, isFinite(v)) AS high,"
-        " countIf(NOT isFinite(v)) AS nonfinite, anyOrNullIf(v, NOT isFinite(v)) AS odd,"
+        f" countIf(NOT isFinite(v)) AS nonfinite, {_ODD} AS odd,"
         " intDiv(s - {origin:Int64}, {width:Int64}) AS bucket"
         f" FROM ({inner}) WHERE v IS NOT NULL GROUP BY bucket ORDER BY bucket"
     )
@@ -81,7 +85,8 @@ def tensor_series_sql(view: View, key: SeriesKey) -> str:
     rows = view_sql(view, "tensor_stats")
     which = "what_if = 0" if key.format is None else "format = {format:String}"
     return _buckets(
-        f"SELECT step AS s, argMax(tuple({_checked(key.statistic)}), (attempt, ver)).1 AS v {rows}"
+        f"SELECT step AS s, argMax(tuple({_checked(key.statistic)}),"
+        f" (attempt, ver, NOT what_if, granularity)).1 AS v {rows}"
         " AND layer = {layer:UInt16} AND role = {role:String} AND call_index = {call:Int32}"
         f" AND expert = {{expert:Int32}} AND {which} GROUP BY step"
     )
@@ -95,8 +100,9 @@ def heatmap_sql(view: View, statistic: str, *, smallest: bool, format_given: boo
     key = ", ".join(name for name in TENSOR_KEY if name not in ("attempt", "what_if"))
     return (
         f"SELECT layer, intDiv(step - {{origin:Int64}}, {{width:Int64}}) AS bucket,"
-        f" {worst}(v, isFinite(v)) AS value, anyOrNullIf(v, NOT isFinite(v)) AS odd FROM"
-        f" (SELECT {key}, argMax(tuple({_checked(statistic)}), (attempt, ver)).1 AS v {rows}"
+        f" {worst}(v, isFinite(v)) AS value, {_ODD} AS odd FROM"
+        f" (SELECT {key}, argMax(tuple({_checked(statistic)}), (attempt, ver, NOT what_if)).1 AS v"
+        f" {rows}"
         f" AND role = {{role:String}} AND {which} GROUP BY {key})"
         " WHERE v IS NOT NULL GROUP BY layer, bucket ORDER BY layer, bucket"
     )

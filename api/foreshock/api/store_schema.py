@@ -142,10 +142,16 @@ def _create(table: str, columns: dict[str, str], synced: int) -> str:
         f"CREATE TABLE IF NOT EXISTS {table} "
         f"({body}, INDEX ver_range ver TYPE minmax GRANULARITY 16) "
         f"ENGINE = ReplacingMergeTree(ver) PARTITION BY toYYYYMM(received) "
-        f"ORDER BY ({_ORDER[table]}) "
+        f"ORDER BY ({_order(table)}) "
         f"SETTINGS fsync_after_insert = {synced}, fsync_part_directory = {synced}, "
         "ttl_only_drop_parts = 1"
     )
+
+
+def _order(table: str) -> str:
+    # With the batch's number in a fact's key a merge never drops an older row of a key: the newer
+    # one may turn out not to be acknowledged, and is then removed. Readers take the newest.
+    return f"{_ORDER[table]}, ver" if table in FACT_TABLES else _ORDER[table]
 
 
 def _add(table: str, columns: dict[str, str]) -> str:

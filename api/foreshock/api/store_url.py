@@ -1,6 +1,7 @@
 """Where the store is: `FORESHOCK_STORE` read and checked. Opens nothing.
 
 chdb:///path        ClickHouse in this process, over a folder (the default, in the data folder)
+    sqlite:///path      one SQLite file
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["ChdbPlace", "StorePlace", "StoreUrlError", "parse_store"]
+__all__ = ["ChdbPlace", "SqlitePlace", "StorePlace", "StoreUrlError", "parse_store"]
 
 
 class StoreUrlError(ValueError):
@@ -28,9 +29,20 @@ class ChdbPlace:
     path: Path
 
 
-StorePlace = ChdbPlace
+@dataclass(frozen=True, slots=True)
+class SqlitePlace:
+    """One SQLite file.
 
-_ALLOWED: Final = "allowed: chdb:///path"
+    Attributes:
+        path: The file; one process at a time.
+    """
+
+    path: Path
+
+
+StorePlace = ChdbPlace | SqlitePlace
+
+_ALLOWED: Final = "allowed: chdb:///path, sqlite:///path"
 
 
 def parse_store(url: str, data_dir: Path) -> StorePlace:
@@ -48,6 +60,8 @@ def parse_store(url: str, data_dir: Path) -> StorePlace:
     parts = urlsplit(url)
     if parts.scheme == "chdb":
         return ChdbPlace(_path(url))
+    if parts.scheme == "sqlite":
+        return SqlitePlace(_path(url))
     # The rest of the address may hold a password.
     raise StoreUrlError(f"the store is {parts.scheme or 'no address'}://...; {_ALLOWED}")
 

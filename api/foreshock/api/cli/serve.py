@@ -28,7 +28,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
     store: Annotated[
-        str | None, typer.Option(help="Address of the store, e.g. chdb:///path.")
+        str | None, typer.Option(help="Address of the store, e.g. sqlite:///path.")
     ] = None,
     token: Annotated[
         str | None,

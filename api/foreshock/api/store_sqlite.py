@@ -1,0 +1,419 @@
+"""The store in one SQLite file: the small installation, and the second opinion in tests.
+
+Answers exactly as the ClickHouse store does. For a few runs at a time: a row takes some 150 bytes
+and a heatmap reads every row of its role.
+"""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from foreshock.api.store import (
+    CHUNK_STEPS,
+    SMALLEST_IS_WORST,
+    Heatmap,
+    LayerNames,
+    Limits,
+    Series,
+    SeriesKey,
+    Store,
+    StoreBusy,
+    StoreError,
+    TensorKinds,
+    View,
+)
+from foreshock.api.store_answers import (
+    bucket_width,
+    grid,
+    risk_rows,
+    series,
+    with_layer_names,
+    within,
+)
+from foreshock.api.store_schema import FACT_TABLES, RISK_SCHEMA, STORED_TENSOR_FIELDS
+from foreshock.api.store_sqlite_query import (
+    bounds_sql,
+    heatmap_sql,
+    newest_sql,
+    scalar_series_sql,
+    tensor_series_sql,
+)
+from foreshock.api.store_sqlite_schema import COLUMNS, KEYS, ddl, missing_columns
+from foreshock.api.store_sqlite_values import columns_of, table_of
+from foreshock.api.store_watch import Watch
+from foreshock.monitor.record import ROLES
+from foreshock.monitor.record.schema import EVENT_TYPE
+
+__all__ = ["SqliteStore"]
+
+_STEPS: Final = pa.schema(
+    [("step", pa.int64()), ("time", pa.timestamp("us", tz="UTC")), ("attempt", pa.uint32())]
+)
+_SCALARS: Final = pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
+_EVENTS: Final = pa.schema([pa.field("step", pa.int64()), *EVENT_TYPE])
+_TENSORS: Final = pa.schema(
+    [
+        pa.field("step", pa.int64()),
+        *(
+            pa.field("layer", pa.uint16()) if field.name == "layer" else field
+            for field in STORED_TENSOR_FIELDS
+        ),
+    ]
+)
+_BUCKETS: Final = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("low", pa.float64()),
+        ("mean", pa.float64()),
+        ("high", pa.float64()),
+        ("nonfinite", pa.int64()),
+        ("odd", pa.float64()),
+    ]
+)
+_CELLS: Final = pa.schema(
+    [("layer", pa.int64()), ("bucket", pa.int64()), ("value", pa.float64()), ("odd", pa.float64())]
+)
+# Virtual-machine steps between two looks at the clock.
+_LOOK_EVERY: Final = 20_000
+_DAY: Final = 86_400
+_SWEEP_SECONDS: Final = 3600.0
+
+
+class SqliteStore(Store):
+    """Tables of facts and of risk in one file.
+
+    Args:
+        path: The file; one process at a time.
+        layer_names: Names behind the stored ids.
+        limits: What one query may cost; memory is not limited.
+        fsync: Whether facts are synced to disk before `append` returns.
+        retention_days: Facts received longer ago are deleted; 0 keeps them.
+
+    Raises:
+        StoreError: The file cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layer_names: LayerNames,
+        *,
+        limits: Limits | None = None,
+        fsync: bool = True,
+        retention_days: int = 0,
+    ) -> None:
+        self._path = path
+        self._layer_names = layer_names
+        self._limits = limits or Limits()
+        self._fsync = fsync
+        self._retention_days = retention_days
+        self._watch = Watch(self._limits.seconds)
+        self._lock = threading.Lock()
+        self._connections: list[sqlite3.Connection] = []
+        self._idle: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = self._connect()
+            self._make_tables()
+            for _ in range(self._limits.clients):
+                self._idle.put(self._connect())
+        except (sqlite3.Error, OSError) as error:
+            self.close()
+            raise StoreError(f"the store in {path} does not open: {error}") from error
+        self._swept_at = -_SWEEP_SECONDS
+
+    def _connect(self) -> sqlite3.Connection:
+        # Given from thread to thread, one at a time; transactions are begun by hand.
+        connection = sqlite3.connect(
+            self._path, timeout=self._limits.seconds, check_same_thread=False, isolation_level=None
+        )
+        self._connections.append(connection)
+        synchronous = "FULL" if self._fsync else "NORMAL"
+        for pragma in ("journal_mode=WAL", f"synchronous={synchronous}", "temp_store=MEMORY"):
+            connection.execute(f"PRAGMA {pragma}")
+        return connection
+
+    def _make_tables(self) -> None:
+        with self._transaction() as writer:
+            for statement in ddl():
+                writer.execute(statement)
+            for table in COLUMNS:
+                rows = writer.execute(f"SELECT name FROM pragma_table_info('{table}')")
+                for statement in missing_columns(table, {row[0] for row in rows}):
+                    writer.execute(statement)
+
+    def close(self) -> None:
+        """Close the file; nothing may be running."""
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+
+    def hung_seconds(self) -> float:
+        """Above 0 when a query outlived its limit by more than ten seconds: restart the service."""
+        return self._watch.hung_seconds()
+
+    def free_bytes(self) -> int | None:
+        """Free space on the disk of the store."""
+        return shutil.disk_usage(self._path.parent).free
+
+    # Writing
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._watch.running():
+            try:
+                self._writer.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._writer
+                except BaseException:
+                    self._writer.execute("ROLLBACK")
+                    raise
+                self._writer.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise StoreError(str(error)) from error
+
+    def append(self, groups: Sequence[Mapping[str, pa.Table]]) -> None:
+        """Insert the rows of several batches in one transaction; durable on return.
+
+        Raises:
+            StoreError: It failed, and nothing is in.
+        """
+        now = int(time.time())
+        with self._transaction() as writer:
+            for group in groups:
+                for table, rows in group.items():
+                    _insert(writer, table, rows)
+                _note(writer, group, now)
+        if self._retention_days and time.monotonic() - self._swept_at > _SWEEP_SECONDS:
+            self._swept_at = time.monotonic()
+            self._drop_before(now - self._retention_days * _DAY)
+
+    def discard_after(self, commit: int) -> int:
+        """Remove facts of batches that were never acknowledged.
+
+        Args:
+            commit: Number of the newest acknowledged batch.
+
+        Returns:
+            How many rows were removed.
+
+        Raises:
+            StoreError: It failed; call again before anything is appended.
+        """
+        with self._transaction() as writer:
+            removed = _remove(writer, "ver > ?", commit)
+            writer.execute("DELETE FROM vocabulary WHERE ver > ?", (commit,))
+        return removed
+
+    def _drop_before(self, received: int) -> None:
+        with self._transaction() as writer:
+            _remove(writer, "received < ?", received)
+
+    def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
+        """Add risk rows (`RISK_SCHEMA`) of several (run_id, attempt), in one transaction.
+
+        The newest row of a step and horizon wins.
+
+        Raises:
+            StoreError: It failed.
+        """
+        version = time.time_ns()
+        with self._transaction() as writer:
+            for run_id, attempt, table in groups:
+                _insert(writer, "risk", risk_rows(run_id, attempt, version, table))
+
+    # Reading
+
+    def _read(self, sql: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        try:
+            connection = self._idle.get(timeout=self._limits.seconds)
+        except queue.Empty:
+            raise StoreBusy("the store is busy; try again") from None
+        until = time.monotonic() + self._limits.seconds
+        try:
+            with self._watch.running():
+                connection.set_progress_handler(lambda: time.monotonic() > until, _LOOK_EVERY)
+                return connection.execute(sql, dict(parameters)).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(str(error)) from error
+        finally:
+            self._idle.put(connection)
+
+    def risk_history(
+        self, run_id: str, attempt: int | None, first_step: int, last_step: int
+    ) -> pa.Table:
+        """Risk rows (`RISK_SCHEMA`), by step and horizon; attempt None is the default view."""
+        view = View(run_id, attempt, first_step, last_step)
+        sql = newest_sql(view, "risk", RISK_SCHEMA.names)
+        return table_of(self._read(sql, view.parameters), RISK_SCHEMA)
+
+    def last_risk_step(self, run_id: str, attempt: int) -> int | None:
+        """The newest step of an attempt with a risk row, or None."""
+        sql = (
+            "SELECT step FROM risk WHERE run_id = :run AND attempt = :attempt"
+            " ORDER BY step DESC LIMIT 1"
+        )
+        rows = self._read(sql, {"run": run_id, "attempt": attempt})
+        return int(rows[0][0]) if rows else None
+
+    def bounds(self, view: View) -> tuple[int, int] | None:
+        """First and last step of a view, or None if it holds no record."""
+        ((low, high),) = self._read(bounds_sql(view), view.parameters)
+        return None if low is None else (int(low), int(high))
+
+    def chunks(self, view: View) -> list[int]:
+        """Which chunks of `CHUNK_STEPS` steps hold records of a view, rising."""
+        found, first = [], view.first_step
+        while first <= view.last_step:
+            rest = View(view.run_id, view.attempt, first, view.last_step)
+            bounds = self.bounds(rest)
+            if bounds is None:
+                break
+            found.append(bounds[0] // CHUNK_STEPS)
+            first = (found[-1] + 1) * CHUNK_STEPS
+        return found
+
+    def step_window(self, view: View) -> pa.Table:
+        """step, time and attempt of the records of a view, by step."""
+        return self._rows(view, "steps", _STEPS)
+
+    def scalar_rows(self, view: View) -> pa.Table:
+        """step, name and value of the scalars of a view, by step."""
+        return self._rows(view, "scalars", _SCALARS)
+
+    def event_rows(self, view: View) -> pa.Table:
+        """`step` and the columns of an event, by step and position."""
+        return self._rows(view, "events", _EVENTS)
+
+    def tensor_rows(self, view: View) -> pa.Table:
+        """`step` and `STORED_TENSOR_FIELDS`, by step and layer in stored order."""
+        rows = self._rows(view, "tensor_stats", _TENSORS)
+        return with_layer_names(rows, self._layer_names(view.run_id))
+
+    def _rows(self, view: View, table: str, schema: pa.Schema) -> pa.Table:
+        return table_of(self._read(newest_sql(view, table, schema.names), view.parameters), schema)
+
+    def scalar_names(self, run_id: str) -> list[str]:
+        """Names of the scalars that a run ever recorded, sorted."""
+        return self._words(run_id, "scalar")
+
+    def tensor_kinds(self, run_id: str) -> TensorKinds:
+        """Roles and formats of a run's tensors."""
+        roles = self._words(run_id, "role")
+        return TensorKinds(
+            roles=[role for role in ROLES if role in roles], formats=self._words(run_id, "format")
+        )
+
+    def _words(self, run_id: str, what: str) -> list[str]:
+        sql = "SELECT word FROM vocabulary WHERE run_id = :run AND what = :what ORDER BY word"
+        return [row[0] for row in self._read(sql, {"run": run_id, "what": what})]
+
+    def counts(self, run_id: str, *, exact: bool = True) -> dict[str, int]:
+        """Rows per table of facts: distinct keys, or raw rows as they lie on disk."""
+        found = {}
+        for table in FACT_TABLES:
+            what = ", ".join(KEYS[table]) if exact else "*"
+            rows = f"SELECT {'DISTINCT ' if exact else ''}{what} FROM {table} WHERE run_id = :run"
+            found[table] = int(self._read(f"SELECT count(*) FROM ({rows})", {"run": run_id})[0][0])
+        return found
+
+    def scalar_series(self, view: View, name: str, points: int) -> Series:
+        """One scalar in at most `points` buckets of equal width in steps."""
+        return self._series(view, scalar_series_sql(view), {"name": name}, points)
+
+    def tensor_series(self, view: View, key: SeriesKey, points: int) -> Series:
+        """One statistic of one tensor in at most `points` buckets of equal width in steps."""
+        return self._series(view, tensor_series_sql(view, key), key.parameters, points)
+
+    def _series(self, view: View, sql: str, values: Mapping[str, Any], points: int) -> Series:
+        bounds = self.bounds(view)
+        if bounds is None:
+            return series(None)
+        given = within(view, bounds).parameters | dict(values)
+        given |= {"origin": bounds[0], "width": bucket_width(bounds, points)}
+        return series(table_of(self._read(sql, given), _BUCKETS))
+
+    def heatmap(
+        self, view: View, role: str, statistic: str, points: int, number_format: str | None = None
+    ) -> Heatmap:
+        """The worst value per layer and bucket, over calls and experts; layers in stored order."""
+        bounds = self.bounds(view)
+        if bounds is None:
+            return Heatmap(steps=(), values={})
+        width = bucket_width(bounds, points)
+        given = within(view, bounds).parameters | {"role": role, "format": number_format}
+        given |= {"origin": bounds[0], "width": width}
+        smallest = statistic in SMALLEST_IS_WORST
+        sql = heatmap_sql(
+            view, statistic, smallest=smallest, format_given=number_format is not None
+        )
+        rows = table_of(self._read(sql, given), _CELLS)
+        steps = tuple(range(bounds[0], bounds[1] + 1, width))
+        return Heatmap(steps=steps, values=grid(rows, self._layer_names(view.run_id), len(steps)))
+
+
+def _insert(writer: sqlite3.Connection, table: str, rows: pa.Table) -> None:
+    names = ("run_id", *KEYS[table], "ver", *COLUMNS[table])
+    columns = columns_of(rows, names)
+    marks = ", ".join("?" * len(names))
+    writer.executemany(
+        f"INSERT OR REPLACE INTO {table} ({', '.join(names)}) VALUES ({marks})",
+        zip(*columns, strict=True),
+    )
+
+
+# What `vocabulary` remembers: table, column, and what its words are.
+_WORDS: Final = (
+    ("scalars", "name", "scalar"),
+    ("tensor_stats", "role", "role"),
+    ("tensor_stats", "format", "format"),
+)
+
+
+def _note(writer: sqlite3.Connection, group: Mapping[str, pa.Table], now: int) -> None:
+    """Remember where a batch lies and which names it has."""
+    for rows in group.values():
+        span = pc.min_max(rows["step"])
+        writer.execute(
+            "INSERT INTO appended VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+            " first_step = min(first_step, excluded.first_step),"
+            " last_step = max(last_step, excluded.last_step)",
+            (*_owner(rows), span["min"].as_py(), span["max"].as_py(), now),
+        )
+    for table, column, what in _WORDS:
+        if table in group:
+            ver, run_id = _owner(group[table])
+            writer.executemany(
+                "INSERT OR IGNORE INTO vocabulary VALUES (?, ?, ?, ?)",
+                [(run_id, what, word, ver) for word in pc.unique(group[table][column]).to_pylist()],
+            )
+
+
+def _owner(rows: pa.Table) -> tuple[int, str]:
+    return rows["ver"][0].as_py(), rows["run_id"][0].as_py()
+
+
+def _remove(writer: sqlite3.Connection, which: str, value: int) -> int:
+    batches = writer.execute(
+        f"SELECT ver, run_id, first_step, last_step FROM appended WHERE {which}", (value,)
+    ).fetchall()
+    removed = 0
+    for ver, run_id, first, last in batches:
+        for table in FACT_TABLES:
+            removed += writer.execute(
+                f"DELETE FROM {table} WHERE run_id = ? AND step BETWEEN ? AND ? AND ver = ?",
+                (run_id, first, last, ver),
+            ).rowcount
+    writer.execute(f"DELETE FROM appended WHERE {which}", (value,))
+    return removed

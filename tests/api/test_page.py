@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from foreshock.api import problems
-from foreshock.api.guard import COOKIE, Guard
+from foreshock.api.access.admission import Access
+from foreshock.api.access.scopes import COOKIE
+from foreshock.api.guard import Guard
 from foreshock.api.page import load_assets, load_index
+from foreshock.api.registry import Registry
 from foreshock.api.routes.page import router
 from foreshock.api.services import Services
 from foreshock.api.settings import Settings
@@ -27,7 +31,7 @@ def text(name: str) -> str:
     return (STATIC / name).read_text(encoding="utf-8")
 
 
-def service(settings: Settings) -> FastAPI:
+def service(settings: Settings, folder: Path) -> FastAPI:
     """The page behind the real guard, and one route that stands for all data; no store."""
     app = FastAPI()
     app.include_router(router)
@@ -42,18 +46,19 @@ def service(settings: Settings) -> FastAPI:
         store=nothing,
         ingest=nothing,
         live=nothing,
+        access=Access(Registry(folder / "registry.sqlite"), settings),
     )
     return app
 
 
 @pytest.fixture
-def client() -> TestClient:
-    return TestClient(service(Settings()), base_url="http://localhost")
+def client(tmp_path: Path) -> TestClient:
+    return TestClient(service(Settings(), tmp_path), base_url="http://localhost")
 
 
 @pytest.fixture
-def locked() -> TestClient:
-    return TestClient(service(Settings(token=TOKEN)), base_url="http://localhost")
+def locked(tmp_path: Path) -> TestClient:
+    return TestClient(service(Settings(token=TOKEN), tmp_path), base_url="http://localhost")
 
 
 def test_page_has_a_strict_policy(client: TestClient) -> None:
@@ -144,17 +149,19 @@ def test_sign_in_gives_a_cookie_that_scripts_and_other_sites_cannot_use(locked: 
     answer = locked.post("/login", json={"token": TOKEN})
     assert answer.status_code == 204
     cookie = answer.headers["set-cookie"].lower()
-    assert cookie.startswith(f"{COOKIE}={TOKEN}".lower())
+    assert cookie.startswith(f"{COOKIE}=".lower())
+    assert TOKEN not in cookie
     assert "httponly" in cookie
     assert "samesite=strict" in cookie
     assert locked.get("/api/v1/runs").status_code == 200
 
     assert locked.post("/logout").status_code == 204
+    locked.cookies.set(COOKIE, answer.cookies[COOKIE])
     assert locked.get("/api/v1/runs").status_code == 401
 
 
-def test_cookie_is_secure_over_https() -> None:
-    client = TestClient(service(Settings(token=TOKEN)), base_url="https://localhost")
+def test_cookie_is_secure_over_https(tmp_path: Path) -> None:
+    client = TestClient(service(Settings(token=TOKEN), tmp_path), base_url="https://localhost")
     answer = client.post("/login", json={"token": TOKEN})
     assert "secure" in answer.headers["set-cookie"].lower()
 

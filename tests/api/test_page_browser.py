@@ -303,7 +303,7 @@ def test_a_token_is_asked_for_once(chromium: Browser, tmp_path: Path) -> None:
         chromium.driver.get(service.address)
         chromium.wait("the form", lambda: chromium.visible("#token"))
         chromium.one("#token").send_keys("wrong", Keys.ENTER)
-        chromium.wait("the refusal", lambda: "not the token" in chromium.text("#signin-error"))
+        chromium.wait("the refusal", lambda: "not a token" in chromium.text("#signin-error"))
         chromium.one("#token").clear()
         chromium.one("#token").send_keys(token, Keys.ENTER)
         chromium.wait("the run", lambda: chromium.text("#name") == "secret")

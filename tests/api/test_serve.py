@@ -70,8 +70,9 @@ def test_the_token_opens_and_nothing_else_does(locked: Service) -> None:
         for header in (f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN, "Bearer", "Bearer \xff"):
             headers = {b"Authorization": header.encode("latin-1")}
             assert client.get("/api/v1/runs", headers=headers).status_code == 401, header
-        cookie = {"Cookie": f"foreshock_token={TOKEN}"}
-        assert client.get("/api/v1/runs", headers=cookie).status_code == 200
+        # A cookie names a session; it never is the token.
+        cookie = {"Cookie": f"foreshock_session={TOKEN}"}
+        assert client.get("/api/v1/runs", headers=cookie).status_code == 401
     with locked.client(TOKEN) as client:
         assert client.get("/api/v1/runs").status_code == 200
         # With a token any name will do: it may be published under many.

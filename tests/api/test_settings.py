@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from foreshock.api.access.admission import check_reach
 from foreshock.api.settings import Settings, SettingsError, is_loopback
 
 TOKEN = "a-token-that-is-long-enough"
@@ -30,14 +31,14 @@ def test_environment_and_command_line_meet_and_the_command_line_wins() -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
 def test_an_open_address_needs_a_token(host: str) -> None:
     with pytest.raises(SettingsError, match="FORESHOCK_TOKEN"):
-        Settings(host=host)
-    assert Settings(host=host, token=TOKEN).host == host
+        check_reach(Settings(host=host), None)
+    check_reach(Settings(host=host, token=TOKEN), None)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.9.1"])
 def test_loopback_needs_none(host: str) -> None:
     assert is_loopback(host)
-    assert Settings(host=host).token is None
+    check_reach(Settings(host=host), None)
 
 
 def test_secrets_stay_out_of_the_repr() -> None:
@@ -54,6 +55,9 @@ def test_secrets_stay_out_of_the_repr() -> None:
         ({"FORESHOCK_FSYNC": "perhaps"}, "FORESHOCK_FSYNC"),
         ({"FORESHOCK_QUEUE_BATCHES": "0"}, "queue_batches"),
         ({"FORESHOCK_RETENTION_DAYS": "-1"}, "retention_days"),
+        ({"FORESHOCK_AUDIT_DAYS": "-1"}, "audit_days"),
+        ({"FORESHOCK_SESSION_HOURS": "0"}, "session_hours"),
+        ({"FORESHOCK_TLS_CERT": "/a.pem"}, "tls_key"),
         ({"FORESHOCK_TOKEN": "short"}, "token"),
     ],
 )

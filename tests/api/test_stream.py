@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable
+from functools import partial
 
 import pytest
 
@@ -29,10 +30,11 @@ def run(work: Awaitable[None]) -> None:
 def test_a_reader_gets_what_happens_after_it_came() -> None:
     async def work() -> None:
         stream = EventStream()
-        stream.publish("step", "a", {"step": 1})
+        stream.publish("step", "a", {"step": 1}, project="p")
         frames = stream.follow()
         await take(frames, 1)
-        threading.Thread(target=stream.publish, args=("risk", "a", {"step": 2})).start()
+        later = partial(stream.publish, "risk", "a", {"step": 2}, project="p")
+        threading.Thread(target=later).start()
         (frame,) = await take(frames, 1)
         assert "event: risk\n" in frame
         assert 'data: {"step":2}\n\n' in frame
@@ -45,11 +47,11 @@ def test_a_reader_that_comes_back_gets_what_it_missed_once() -> None:
         stream = EventStream()
         first = stream.follow()
         await take(first, 1)
-        stream.publish("step", "a", {"step": 1})
+        stream.publish("step", "a", {"step": 1}, project="p")
         (seen,) = ids(await take(first, 1))
         await first.aclose()  # type: ignore[attr-defined]
         for step in (2, 3):
-            stream.publish("step", "a", {"step": step})
+            stream.publish("step", "a", {"step": step}, project="p")
         again = await take(stream.follow(last_event_id=seen), 2)
         assert "".join(again).count("event: step") == 2
         assert '"step":1' not in "".join(again)
@@ -61,7 +63,7 @@ def test_a_reader_that_comes_back_gets_what_it_missed_once() -> None:
 def test_an_unknown_place_is_answered_by_reset(last: str) -> None:
     async def work() -> None:
         stream = EventStream()
-        stream.publish("step", "a", {})
+        stream.publish("step", "a", {}, project="p")
         (frame,) = await take(stream.follow(last_event_id=last), 1)
         assert "event: reset" in frame
 
@@ -74,7 +76,7 @@ def test_a_reader_that_fell_out_of_the_buffer_is_told() -> None:
         frames = stream.follow()
         await take(frames, 1)
         for step in range(5):
-            stream.publish("step", "a", {"step": step})
+            stream.publish("step", "a", {"step": step}, project="p")
         reset, kept = await take(frames, 2)
         assert "event: reset" in reset
         assert kept.count("event: step") == 2
@@ -88,8 +90,8 @@ def test_only_the_wanted_run() -> None:
         stream = EventStream()
         frames = stream.follow(run_id="b", heartbeat=5)
         await take(frames, 1)
-        stream.publish("step", "a", {})
-        stream.publish("step", "b", {})
+        stream.publish("step", "a", {}, project="p")
+        stream.publish("step", "b", {}, project="p")
         (frame,) = await take(frames, 1)
         assert frame.count("event:") == 1
 
@@ -123,4 +125,31 @@ def test_a_reader_that_leaves_is_forgotten() -> None:
 
 def test_numbers_that_are_no_json_are_refused() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        EventStream().publish("step", "a", {"loss": float("nan")})
+        EventStream().publish("step", "a", {"loss": float("nan")}, project="p")
+
+
+def test_a_reader_kept_to_some_projects_gets_only_theirs() -> None:
+    async def work() -> None:
+        stream = EventStream()
+        frames = stream.follow(sees=lambda project: project == "p", heartbeat=5)
+        await take(frames, 1)
+        stream.publish("step", "a", {"step": 1}, project="q")
+        stream.publish("step", "b", {"step": 2}, project="p")
+        (frame,) = await take(frames, 1)
+        assert frame.count("event: ") == 1
+        assert '"step":2' in frame
+
+    run(work())
+
+
+def test_a_stream_ends_with_the_right_to_read_it() -> None:
+    async def work() -> None:
+        stream, right = EventStream(), [True]
+        frames = stream.follow(holds=lambda: right[0], heartbeat=0.01)
+        await take(frames, 2)
+        right.clear()
+        right.append(False)
+        with pytest.raises(StopAsyncIteration):
+            await take(frames, 1)
+
+    run(work())

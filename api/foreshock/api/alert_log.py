@@ -314,7 +314,12 @@ class AlertLog:
             connection.execute(sa.insert(deliveries), rows)
 
     def find(
-        self, *, run_id: str | None = None, state: LoggedState | None = None, limit: int = 100
+        self,
+        *,
+        run_id: str | None = None,
+        state: LoggedState | None = None,
+        limit: int = 100,
+        projects: frozenset[str] | None = None,
     ) -> tuple[Alert, ...]:
         """Alerts, newest first.
 
@@ -322,12 +327,15 @@ class AlertLog:
             run_id: Only this run's.
             state: Only those in this state.
             limit: At most so many.
+            projects: Only those of these projects; None = all.
         """
         query = sa.select(alerts).order_by(alerts.c.id.desc()).limit(limit)
         if run_id is not None:
             query = query.where(alerts.c.run_id == run_id)
         if state is not None:
             query = query.where(alerts.c.state == state)
+        if projects is not None:
+            query = query.where(alerts.c.project.in_(sorted(projects)))
         with self._registry.engine.begin() as connection:
             return tuple(_alert(row) for row in connection.execute(query))
 

@@ -14,12 +14,15 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from foreshock.api import openapi, problems
+from foreshock.api.access.admission import Access, check_reach
+from foreshock.api.access.scopes import DECLARED
 from foreshock.api.guard import Guard
 from foreshock.api.ingest import Ingest
 from foreshock.api.ledger import Ledger
 from foreshock.api.registry import Registry
 from foreshock.api.routes import (
     alerts,
+    audit,
     batches,
     diagnosis,
     events,
@@ -32,6 +35,7 @@ from foreshock.api.routes import (
     risk,
     runs,
     series,
+    tokens,
 )
 from foreshock.api.services import Latest, Live, Services
 from foreshock.api.settings import Settings
@@ -112,9 +116,9 @@ def _on_store_error(_: Request, error: Exception) -> Response:
 
 
 def _api_router() -> APIRouter:
-    router = APIRouter(prefix="/api/v1")
+    router = APIRouter(prefix="/api/v1", dependencies=[DECLARED])
     stored = (runs, batches, series, heatmap, records)
-    for module in (*stored, risk, diagnosis, alerts, events, forecast):
+    for module in (*stored, risk, diagnosis, alerts, events, forecast, tokens, audit):
         router.include_router(module.router)
     return router
 
@@ -124,6 +128,9 @@ def _open(settings: Settings, live: LiveFactory | None, stack: ExitStack) -> Ser
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     registry = Registry(settings.data_dir / "registry.sqlite")
     stack.callback(registry.close)
+    access = Access(registry, settings)
+    stack.callback(access.close)
+    check_reach(settings, access)
     limits = Limits(
         seconds=settings.query_seconds,
         memory_bytes=settings.query_bytes,
@@ -159,4 +166,5 @@ def _open(settings: Settings, live: LiveFactory | None, stack: ExitStack) -> Ser
         store=store,
         ingest=ingest,
         live=analysis,
+        access=access,
     )

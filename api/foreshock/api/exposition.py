@@ -33,6 +33,7 @@ __all__ = [
     "MetricSpec",
     "RunReading",
     "ServiceTally",
+    "metrics_of",
     "metrics_registry",
 ]
 
@@ -312,6 +313,40 @@ def metrics_registry(
     registry = CollectorRegistry()
     registry.register(_Exposition(tally, runs, firing, gauges))
     return registry
+
+
+def metrics_of(registry: CollectorRegistry, projects: Collection[str] | None) -> CollectorRegistry:
+    """The metrics that somebody kept to some projects may see.
+
+    Args:
+        registry: All of them.
+        projects: Names; None = all. The service's own metrics belong to no project and are left
+            out: their sums would tell of runs elsewhere.
+    """
+    if projects is None:
+        return registry
+    shown = CollectorRegistry()
+    shown.register(_OfProjects(registry, projects))
+    return shown
+
+
+class _OfProjects(Collector):
+    def __init__(self, registry: CollectorRegistry, projects: Collection[str]) -> None:
+        self._registry = registry
+        self._projects = projects
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not read anything."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """One scrape."""
+        for family in self._registry.collect():
+            samples = [s for s in family.samples if s.labels.get("project") in self._projects]
+            if samples:
+                kept = Metric(family.name, family.documentation, family.type, family.unit)
+                kept.samples = samples
+                yield kept
 
 
 class _Exposition(Collector):

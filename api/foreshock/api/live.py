@@ -375,7 +375,10 @@ class LiveAnalysis:
 
     def _tell(self, changed: Sequence[Alert]) -> None:
         for alert in changed:
-            self._parts.stream.publish("alert", alert.subject.run_id, summary_row(alert))
+            subject = alert.subject
+            self._parts.stream.publish(
+                "alert", subject.run_id, summary_row(alert), project=subject.project
+            )
         if changed:
             self._parts.alerted()
 
@@ -387,8 +390,9 @@ class LiveAnalysis:
         who = {"run_id": subject.run_id, "run": subject.run, "attempt": subject.attempt}
         scalars = {name: encode_number(value) for name, value in reading.scalars.items()}
         step = {"step": latest.step, "time": latest.time.isoformat(), "scalars": scalars}
-        self._parts.stream.publish("step", subject.run_id, who | step)
-        self._parts.stream.publish("risk", subject.run_id, who | risk_document(latest.risk))
+        publish = partial(self._parts.stream.publish, project=subject.project)
+        publish("step", subject.run_id, who | step)
+        publish("risk", subject.run_id, who | risk_document(latest.risk))
 
     def _save(self, *, everything: bool) -> None:
         """Give risk rows to the store, in groups."""

@@ -28,6 +28,7 @@ TAGS: Final = (
     ("risk", "How likely a run is to diverge, since when, and why."),
     ("alerts", "What fired, and whether it was right."),
     ("events", "What happens, live, as server-sent events."),
+    ("access", "Tokens and the audit log, for administrators."),
     ("health", "For whoever restarts the service."),
     ("service", "The service itself."),
 )

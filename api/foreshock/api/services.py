@@ -6,12 +6,16 @@ Made in `app.py`, kept in the application's state; knows no route.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Protocol
 
 from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
+from foreshock.api.access.admission import Access
+from foreshock.api.access.audit import Action, Detail
+from foreshock.api.access.principal import NOBODY, Principal
+from foreshock.api.access.scopes import principal_of
 from foreshock.api.ingest import CommitListener, Ingest
 from foreshock.api.ledger import Ledger
 from foreshock.api.problems import Problem
@@ -53,8 +57,12 @@ def _decoders() -> CapacityLimiter:
 class Services:
     """Everything a route may need.
 
-    `decoders` bounds the threads that take bodies apart: more than there are cores would only wait
-    for each other, and reads of the store, which have threads of their own, never hold up ingest.
+    Attributes:
+        decoders: Bounds the threads that take bodies apart: more than there are cores would only
+            wait for each other, and reads of the store, which have threads of their own, never
+            hold up ingest.
+        principal: Who asks; routes get it from the request. Runs of projects that it does not see
+            do not exist for it: find runs with `find_run`, and filter whatever spans several.
     """
 
     settings: Settings
@@ -63,28 +71,44 @@ class Services:
     store: Store
     ingest: Ingest
     live: Live
+    access: Access
     decoders: CapacityLimiter = field(default_factory=_decoders)
+    principal: Principal = NOBODY
+
+    def note(
+        self,
+        action: Action,
+        *,
+        project: str | None = None,
+        subject: str | None = None,
+        **detail: Detail,
+    ) -> None:
+        """Add to the audit log what the caller did; waits for the database."""
+        self.access.audit.add(
+            action, self.principal, project=project, subject=subject, detail=detail
+        )
 
 
 def _services(request: Request) -> Services:
     services = request.app.state.services
     if not isinstance(services, Services):
         raise TypeError("the application has not been started")
-    return services
+    return replace(services, principal=principal_of(request))
 
 
 ServicesDep = Annotated[Services, Depends(_services)]
 
 
 def find_run(services: Services, run: str, project: str = "default") -> Run:
-    """A run by id, or by name within a project.
+    """A run by id, or by name within a project, that the caller may see.
 
     Raises:
-        Problem: 404, there is none.
+        Problem: 404, there is none for this caller.
     """
+    project = services.principal.home(project)
     run_id = services.registry.run_id(run, project)
     found = services.registry.run(run_id) if run_id is not None else None
-    if found is None:
+    if found is None or not services.principal.sees(found.project):
         raise Problem(
             404, f"there is no run {run!r} in project {project!r}; POST /api/v1/runs first"
         )

@@ -41,10 +41,18 @@ class Settings:
     Attributes:
         data_dir: Folder of the store and the registry; one process per folder.
         store: Where statistics are kept, see `store_url.py`; empty: in the data folder.
-        host: Address to listen on. Any address but loopback needs a token.
+        host: Address to listen on. Any address but loopback needs a token (`check_reach`).
         port: TCP port; 0 takes a free one.
-        token: Bearer token; None lets everyone in who reaches the loopback address.
-        public_url: Where people reach the page, for links in alerts.
+        token: Bootstrap token: every scope, every project. None: only tokens made by
+            `foreshock token create` open, and on the loopback address, as long as there are none,
+            everyone is let in.
+        public_url: Where people reach the page, for links in alerts; https makes cookies secure.
+        tls_cert: PEM file with the certificate chain; empty = plain HTTP.
+        tls_key: PEM file with its private key.
+        session_hours: How long signing in to the page lasts.
+        token_requests: Requests per second of one token, ten seconds' worth at once; 0 = no limit.
+        token_bytes: Bytes of request bodies per second of one token, likewise.
+        audit_days: Audit entries are deleted after so long; 0 keeps them.
         max_body_bytes: Largest request body as it comes in.
         max_decoded_bytes: Largest body once decompressed (Arrow buffers counted decompressed).
         max_json_bytes: Largest JSON body once decompressed; JSON costs far more memory than Arrow.
@@ -64,7 +72,7 @@ class Settings:
         alertmanager_urls: Alertmanager base addresses.
 
     Raises:
-        SettingsError: A value is out of range, or the address is open and no token is set.
+        SettingsError: A value is out of range, or a certificate stands without its key.
     """
 
     data_dir: Path = Path("foreshock-data")
@@ -73,6 +81,12 @@ class Settings:
     port: int = 8420
     token: str | None = field(default=None, repr=False)
     public_url: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    session_hours: int = 168
+    token_requests: int = 1000
+    token_bytes: int = 256 * _MEBIBYTE
+    audit_days: int = 365
     max_body_bytes: int = 64 * _MEBIBYTE
     max_decoded_bytes: int = 256 * _MEBIBYTE
     max_json_bytes: int = 32 * _MEBIBYTE
@@ -96,10 +110,11 @@ class Settings:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
-        if self.retention_days < 0:
-            raise SettingsError(
-                f"retention_days is {self.retention_days}; allowed: 0 (keep) or more"
-            )
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}; allowed: 0 (none) or more")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise SettingsError("tls_cert and tls_key belong together; one of them is not set")
         try:
             parse_store(self.store, self.data_dir)
         except StoreUrlError as error:
@@ -107,11 +122,6 @@ class Settings:
         if self.token is not None and len(self.token) < _SHORTEST_TOKEN:
             raise SettingsError(
                 f"the token has {len(self.token)} characters; use {_SHORTEST_TOKEN} or more"
-            )
-        if self.token is None and not is_loopback(self.host):
-            raise SettingsError(
-                f"refusing to listen on {self.host} without a token: anyone could read and write. "
-                "Set FORESHOCK_TOKEN (or --token), or listen on 127.0.0.1"
             )
 
     @property
@@ -156,7 +166,9 @@ _POSITIVE: Final = (
     "query_bytes",
     "query_clients",
     "live_queue_batches",
+    "session_hours",
 )
+_NOT_NEGATIVE: Final = ("retention_days", "token_requests", "token_bytes", "audit_days")
 _TRUTH: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 

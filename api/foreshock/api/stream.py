@@ -11,7 +11,7 @@ import json
 import secrets
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -25,6 +25,14 @@ HEARTBEAT_SECONDS: Final = 10.0
 _RETRY_MILLISECONDS: Final = 2000
 
 
+def _sees_all(_: str) -> bool:
+    return True
+
+
+def _always() -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
     """One event.
@@ -32,12 +40,14 @@ class StreamEvent:
     Attributes:
         number: Rises by one per event of this stream.
         kind: step, risk or alert.
+        project: Its run's project.
         run_id: The run it is about.
         data: JSON text on one line.
     """
 
     number: int
     kind: EventKind
+    project: str
     run_id: str
     data: str
 
@@ -72,13 +82,16 @@ class EventStream:
         with self._lock:
             return len(self._readers)
 
-    def publish(self, kind: EventKind, run_id: str, data: Mapping[str, object]) -> None:
+    def publish(
+        self, kind: EventKind, run_id: str, data: Mapping[str, object], *, project: str
+    ) -> None:
         """Append an event and wake the readers; returns at once.
 
         Args:
             kind: step, risk or alert.
             run_id: The run it is about.
             data: JSON values only; non-finite numbers already encoded.
+            project: Its run's project: readers kept to others do not get the event.
 
         Raises:
             ValueError: A number in `data` is not finite.
@@ -86,7 +99,7 @@ class EventStream:
         text = json.dumps(data, allow_nan=False, separators=(",", ":"))
         with self._lock:
             self._last += 1
-            self._events.append(StreamEvent(self._last, kind, run_id, text))
+            self._events.append(StreamEvent(self._last, kind, project, run_id, text))
             readers = tuple(self._readers)
         _wake(readers)
 
@@ -101,6 +114,8 @@ class EventStream:
         self,
         *,
         run_id: str | None = None,
+        sees: Callable[[str], bool] = _sees_all,
+        holds: Callable[[], bool] = _always,
         last_event_id: str | None = None,
         heartbeat: float = HEARTBEAT_SECONDS,
     ) -> AsyncIterator[str]:
@@ -108,6 +123,8 @@ class EventStream:
 
         Args:
             run_id: Only this run's events; None for all.
+            sees: Whether the reader may see a project.
+            holds: Asked before every frame; the stream ends when the reader's right has.
             last_event_id: The id a client saw last; what came after it and is still held follows
                 first. An id that is no longer held gives an event `reset`.
             heartbeat: Seconds of quiet until a comment is sent.
@@ -118,14 +135,15 @@ class EventStream:
         try:
             place, lost = self._resume(last_event_id)
             yield f"retry: {_RETRY_MILLISECONDS}\n\n" + (self._reset(place) if lost else "")
-            while not self._closed:
+            while not self._closed and holds():
                 reader.wake.clear()
                 events, lost = self._after(place)
                 if lost:
                     yield self._reset(place)
                 if events:
                     place = events[-1].number
-                    frames = [self._frame(e) for e in events if run_id in (None, e.run_id)]
+                    wanted = (e for e in events if run_id in (None, e.run_id) and sees(e.project))
+                    frames = [self._frame(event) for event in wanted]
                     if frames:
                         yield "".join(frames)
                 elif not await _awoken(reader.wake, heartbeat):

@@ -32,11 +32,17 @@ def serve(
     ] = None,
     token: Annotated[
         str | None,
-        typer.Option(help="Bearer token; better set FORESHOCK_TOKEN.", show_default=False),
+        typer.Option(help="Bootstrap token; better set FORESHOCK_TOKEN.", show_default=False),
     ] = None,
     public_url: Annotated[str | None, typer.Option(help="Address of the page in alerts.")] = None,
     alert_url: Annotated[list[str] | None, typer.Option(help="apprise address for alerts.")] = None,
     alertmanager_url: Annotated[list[str] | None, typer.Option(help="Alertmanager.")] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate chain (PEM): serve https.", dir_okay=False)
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="Its private key (PEM).", dir_okay=False)
+    ] = None,
     retention_days: Annotated[
         int | None, typer.Option(help="Delete older records; 0 = keep.")
     ] = None,
@@ -55,6 +61,8 @@ def serve(
         "store": store,
         "token": token,
         "public_url": public_url,
+        "tls_cert": None if tls_cert is None else str(tls_cert),
+        "tls_key": None if tls_key is None else str(tls_key),
         "alert_urls": tuple(alert_url) if alert_url else None,
         "alertmanager_urls": tuple(alertmanager_url) if alertmanager_url else None,
         "retention_days": retention_days,
@@ -62,10 +70,11 @@ def serve(
     try:
         settings = Settings.from_environment(os.environ, overrides)
         # Only now the heavy part: what is wrong with the settings is told at once.
-        from foreshock.api.cli.server import claim, listen, run
+        from foreshock.api.cli.server import check_tokens, claim, listen, run
         from foreshock.api.live_service import alert_channels
 
         alert_channels(settings)
+        check_tokens(settings)
         claimed = claim(settings.data_dir)
         listener = listen(settings)
     except (ValueError, OSError) as error:

@@ -16,11 +16,13 @@ import typer
 import uvicorn
 from fastapi import FastAPI
 
+from foreshock.api.access.admission import Access, check_reach
 from foreshock.api.app import create_app
 from foreshock.api.live_service import LiveService
-from foreshock.api.settings import Settings
+from foreshock.api.registry import Registry
+from foreshock.api.settings import Settings, is_loopback
 
-__all__ = ["claim", "listen", "run"]
+__all__ = ["check_tokens", "claim", "listen", "run"]
 
 _BACKLOG: Final = 512
 # Requests under way get so long; streams of events are ended before.
@@ -41,6 +43,23 @@ def claim(folder: Path) -> IO[bytes]:
         file.close()
         raise OSError(f"{folder} is in use by another foreshock serve") from None
     return file
+
+
+def check_tokens(settings: Settings) -> None:
+    """Refuse an open address without a token before anything is made or opened.
+
+    Raises:
+        SettingsError: Nobody needs a token, or nobody has one.
+    """
+    path = settings.data_dir / "registry.sqlite"
+    if is_loopback(settings.host) or settings.token is not None or not path.exists():
+        check_reach(settings, None)
+        return
+    registry = Registry(path)
+    try:
+        check_reach(settings, Access(registry, settings))
+    finally:
+        registry.close()
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -72,6 +91,8 @@ def run(settings: Settings, listener: socket.socket, port_file: Path | None) -> 
         server_header=False,
         timeout_graceful_shutdown=_GRACEFUL_SECONDS,
         backlog=_BACKLOG,
+        ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or None,
     )
     server = _Server(config, listener, port_file, partial(_end_streams, app))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -117,7 +138,10 @@ class _Server(uvicorn.Server):
             return
         host, port = self._listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        typer.echo(f"foreshock: listening on http://{shown}:{port}")
+        scheme = "https" if self.config.is_ssl else "http"
+        typer.echo(f"foreshock: listening on {scheme}://{shown}:{port}")
+        if scheme == "http" and not is_loopback(host):
+            typer.echo("foreshock: tokens travel in clear text: set --tls-cert and --tls-key")
         sys.stdout.flush()
         if self._port_file is not None:
             # Whoever waits for the file must never read half of it.

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 
+from foreshock.api.access.scopes import READ, WRITE
 from foreshock.api.alert_log import Alert, UnknownAlert
 from foreshock.api.alert_text import alert_annotations, alert_labels, summary
 from foreshock.api.openapi import errors
@@ -82,7 +83,7 @@ class Feedback(BaseModel):
     note: Annotated[str | None, Field(max_length=2000)] = None
 
 
-@router.get("/alerts", responses=errors(404))
+@router.get("/alerts", dependencies=[READ], responses=errors(404))
 def list_alerts(
     live: Live,
     services: ServicesDep,
@@ -96,23 +97,35 @@ def list_alerts(
 ) -> AlertList:
     """Alerts, newest first, of one run or of all."""
     run_id = None if run is None else find_run(services, run, project).run_id
-    found = live.log.find(run_id=run_id, state=state, limit=limit)
+    projects = services.principal.projects
+    found = live.log.find(run_id=run_id, state=state, limit=limit, projects=projects)
     delivered = live.log.delivered([alert.id for alert in found])
     return AlertList(alerts=[_model(alert, delivered[alert.id]) for alert in found])
 
 
-@router.post("/alerts/{id}/feedback")
+@router.post("/alerts/{id}/feedback", dependencies=[WRITE])
 def post_alert_feedback(
     live: Live,
+    services: ServicesDep,
     alert_id: Annotated[int, Path(alias="id", ge=1, lt=2**63, description="The alert.")],
     answer: Feedback,
 ) -> AlertModel:
     """Say whether an alert was right; a later answer replaces an earlier one."""
-    try:
-        alert = live.log.answer(alert_id, correct=answer.correct, note=answer.note)
-    except UnknownAlert as error:
-        raise Problem(404, str(error)) from None
+    project = _find(live, services, alert_id).subject.project
+    alert = live.log.answer(alert_id, correct=answer.correct, note=answer.note)
+    services.note("alert.feedback", project=project, subject=str(alert_id), correct=answer.correct)
     return _model(alert, live.log.delivered([alert.id])[alert.id])
+
+
+def _find(live: Live, services: ServicesDep, alert_id: int) -> Alert:
+    """An alert that the caller may see."""
+    try:
+        alert = live.log.get(alert_id)
+    except UnknownAlert:
+        alert = None
+    if alert is None or not services.principal.sees(alert.subject.project):
+        raise Problem(404, f"there is no alert {alert_id}")
+    return alert
 
 
 def _model(alert: Alert, delivered: tuple[Mapping[str, Any], ...]) -> AlertModel:

@@ -12,6 +12,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from foreshock.api.access.scopes import WRITE
 from foreshock.api.arrowguard import BodyTooLarge
 from foreshock.api.bodies import RECORDS_BODY
 from foreshock.api.ingest import BatchConflict, Incoming, Receipt, Refused, Unavailable
@@ -49,6 +50,7 @@ _RETRY: Final = {"Retry-After": "1"}
     status_code=201,
     responses=errors(409, also={200: {"model": BatchReceipt, "description": "Durable before"}}),
     openapi_extra=RECORDS_BODY,
+    dependencies=[WRITE],
 )
 async def put_batch(
     run: RunName,
@@ -103,7 +105,7 @@ async def _owner(services: Services, run: str, key: BatchKey) -> str:
     owner = services.registry.remembered_owner(key.launch_id)
     if owner is None:
         owner = await run_in_threadpool(services.registry.launch_owner, key.launch_id)
-    if owner is None:
+    if owner is None or not services.principal.sees(owner.project):
         raise Problem(404, f"launch {key.launch_id} is not known; POST /api/v1/runs, then retry")
     if run not in (owner.run_id, owner.name):
         raise Problem(404, f"launch {key.launch_id} does not belong to run {run!r}")

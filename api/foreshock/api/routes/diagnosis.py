@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
+from foreshock.api.access.scopes import READ
 from foreshock.api.routes.live_parts import Live, Number, WantedRun
 from foreshock.api.routes.parameters import AttemptNumber
 from foreshock.api.schemas import number
@@ -42,7 +43,7 @@ class DiagnosisAnswer(BaseModel):
     causes: list[CauseModel]
 
 
-@router.get("/runs/{run}/diagnosis")
+@router.get("/runs/{run}/diagnosis", dependencies=[READ])
 def get_run_diagnosis(
     run: WantedRun,
     live: Live,

@@ -5,12 +5,16 @@ A stream to look at, not a log: a reader that was away too long gets `reset` and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header
 from fastapi.responses import StreamingResponse
 
+from foreshock.api.access.scopes import READ
 from foreshock.api.routes.live_parts import Live, WantedRun
+from foreshock.api.services import Services, ServicesDep
 
 __all__ = ["router"]
 
@@ -47,17 +51,33 @@ _ANSWER: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-@router.get("/events", response_class=EventStreamResponse, responses=_ANSWER)
-async def stream_events(live: Live, last_event_id: LastEventId = None) -> StreamingResponse:
+@router.get("/events", response_class=EventStreamResponse, responses=_ANSWER, dependencies=[READ])
+async def stream_events(
+    live: Live, services: ServicesDep, last_event_id: LastEventId = None
+) -> StreamingResponse:
     """Events of all runs: `step`, `risk`, `alert`, and `reset` after a gap."""
-    body = live.stream.follow(last_event_id=last_event_id)
+    body = live.stream.follow(
+        sees=services.principal.sees, holds=_holds(services), last_event_id=last_event_id
+    )
     return EventStreamResponse(body, headers=_HEADERS)
 
 
-@router.get("/runs/{run}/events", response_class=EventStreamResponse, responses=_ANSWER)
+@router.get(
+    "/runs/{run}/events",
+    response_class=EventStreamResponse,
+    responses=_ANSWER,
+    dependencies=[READ],
+)
 async def stream_run_events(
-    run: WantedRun, live: Live, last_event_id: LastEventId = None
+    run: WantedRun, live: Live, services: ServicesDep, last_event_id: LastEventId = None
 ) -> StreamingResponse:
     """Events of one run: `step`, `risk`, `alert`, and `reset` after a gap."""
-    body = live.stream.follow(run_id=run.run_id, last_event_id=last_event_id)
+    body = live.stream.follow(
+        run_id=run.run_id, holds=_holds(services), last_event_id=last_event_id
+    )
     return EventStreamResponse(body, headers=_HEADERS)
+
+
+def _holds(services: Services) -> Callable[[], bool]:
+    """Whether the reader would still be let in: a stream outlives the request that opened it."""
+    return partial(services.access.holds, services.principal)

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
+from foreshock.api.access.scopes import READ
 from foreshock.api.bodies import RECORDS_BODY
 from foreshock.api.columns import RecordReader
 from foreshock.api.live_run import Scorer
@@ -45,7 +46,7 @@ class ForecastAnswer(BaseModel):
     risks: list[RiskModel]
 
 
-@router.post("/forecast", openapi_extra=RECORDS_BODY)
+@router.post("/forecast", openapi_extra=RECORDS_BODY, dependencies=[READ])
 async def post_forecast(
     request: Request,
     live: Live,

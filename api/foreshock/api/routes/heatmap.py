@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
+from foreshock.api.access.scopes import READ
 from foreshock.api.routes.parameters import SelectionDep, check_name
 from foreshock.api.schemas import HeatmapBody, numbers
 from foreshock.api.services import ServicesDep
@@ -18,7 +19,7 @@ __all__ = ["router"]
 router = APIRouter(tags=["reading"])
 
 
-@router.get("/runs/{run}/heatmap")
+@router.get("/runs/{run}/heatmap", dependencies=[READ])
 def get_run_heatmap(
     chosen: SelectionDep,
     services: ServicesDep,

@@ -11,7 +11,10 @@ from fastapi import APIRouter, Header, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 
+from foreshock.api.access.scopes import READ
+from foreshock.api.exposition import metrics_of
 from foreshock.api.routes.live_parts import Live
+from foreshock.api.services import ServicesDep
 
 __all__ = ["router"]
 
@@ -30,10 +33,13 @@ _ANSWER: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses=_ANSWER)
+@router.get("/metrics", response_class=PlainTextResponse, responses=_ANSWER, dependencies=[READ])
 def get_metrics(
-    live: Live, accept: Annotated[str, Header(include_in_schema=False)] = ""
+    live: Live,
+    services: ServicesDep,
+    accept: Annotated[str, Header(include_in_schema=False)] = "",
 ) -> Response:
-    """Live runs and the service itself."""
+    """Live runs and the service itself; a token kept to projects gets the runs of those only."""
     encoder, content_type = choose_encoder(accept)
-    return Response(encoder(live.metrics), media_type=None, headers={"Content-Type": content_type})
+    shown = metrics_of(live.metrics, services.principal.projects)
+    return Response(encoder(shown), media_type=None, headers={"Content-Type": content_type})

@@ -1,6 +1,6 @@
 """The page at `/`, its files, and signing in to it; everything else it shows is the public API's.
 
-Holds no session: the cookie carries the token itself, out of the reach of scripts.
+Holds no session; the cookie that signing in gives is `access/sessions.py`'s.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 
-from foreshock.api.guard import COOKIE, token_matches
+from foreshock.api.access.principal import Scope
+from foreshock.api.access.scopes import COOKIE
+from foreshock.api.guard import address_of
 from foreshock.api.page import CONTENT_SECURITY_POLICY, Asset, load_assets, load_index
 from foreshock.api.problems import Problem
 from foreshock.api.services import ServicesDep
+from foreshock.api.settings import Settings
 
 __all__ = ["SignIn", "router"]
-
-_COOKIE_SECONDS: Final = 30 * 24 * 3600
 
 _HEADERS: Final = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
@@ -74,30 +75,41 @@ def asset(
 
 
 class SignIn(BaseModel):
-    """The token, typed by a person."""
+    """The token, typed by a person, and what the page may do with it."""
 
-    token: str = Field(max_length=4096)
+    token: str = Field(max_length=4096, repr=False)
+    scopes: list[Scope] = Field(default=["read"], min_length=1, max_length=3)
 
 
 @router.post("/login", status_code=204)
 def login(body: SignIn, services: ServicesDep, request: Request, response: Response) -> None:
-    """Take the token once; give it back as a cookie that no script and no other site can use."""
-    expected = services.settings.token
-    if expected is None:
+    """Take the token once; give back a cookie that no script and no other site can use."""
+    access = services.access
+    if access.open:
         return
-    if not token_matches(body.token.strip(), expected):
-        raise Problem(401, "that is not the token of this service")
+    scopes = frozenset(body.scopes)
+    cookie, principal = access.sign_in(body.token.strip(), scopes, address_of(request))
     response.set_cookie(
         COOKIE,
-        expected,
-        max_age=_COOKIE_SECONDS,
+        cookie,
+        expires=principal.until,
         httponly=True,
         samesite="strict",
-        secure=request.url.scheme == "https",
+        secure=_secure(request, services.settings),
     )
 
 
 @router.post("/logout", status_code=204)
-def logout(response: Response) -> None:
-    """Take the cookie back."""
-    response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+def logout(services: ServicesDep, request: Request, response: Response) -> None:
+    """End the session and take the cookie back."""
+    cookie = request.cookies.get(COOKIE)
+    if cookie is not None:
+        services.access.sign_out(cookie, address_of(request))
+    response.delete_cookie(
+        COOKIE, httponly=True, samesite="strict", secure=_secure(request, services.settings)
+    )
+
+
+def _secure(request: Request, settings: Settings) -> bool:
+    """Whether the cookie may go over TLS only: a proxy in front may hide that people use it."""
+    return request.url.scheme == "https" or settings.public_url.startswith("https://")

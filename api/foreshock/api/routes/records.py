@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from fastapi import APIRouter, Header
 from fastapi.responses import StreamingResponse
 
+from foreshock.api.access.scopes import READ
 from foreshock.api.bodies import CSV, PARQUET, RECORDS_ANSWER
 from foreshock.api.openapi import errors
 from foreshock.api.problems import Problem
@@ -34,6 +35,7 @@ _PIECE: Final = 256 * 1024
 @router.get(
     "/runs/{run}/records",
     response_class=StreamingResponse,
+    dependencies=[READ],
     responses=errors(406, also={200: {"content": RECORDS_ANSWER}}),
 )
 def get_run_records(

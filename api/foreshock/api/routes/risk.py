@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
+from foreshock.api.access.scopes import READ
 from foreshock.api.registry import Run
 from foreshock.api.risks import risk_document, risk_history
 from foreshock.api.routes.live_parts import Live, Number, WantedRun
@@ -73,7 +74,7 @@ class RiskHistory(BaseModel):
     kind: list[RiskKind | None]
 
 
-@router.get("/runs/{run}/risk")
+@router.get("/runs/{run}/risk", dependencies=[READ])
 def get_run_risk(run: WantedRun, live: Live, services: ServicesDep) -> RiskAnswer:
     """The newest risk: per horizon, with drivers, lead and alert state."""
     latest = live.latest(run.run_id)
@@ -124,7 +125,7 @@ def _risk(step: int, rows: list[dict[str, Any]]) -> Risk:
     )
 
 
-@router.get("/runs/{run}/risk/history")
+@router.get("/runs/{run}/risk/history", dependencies=[READ])
 def get_run_risk_history(
     run: WantedRun,
     services: ServicesDep,

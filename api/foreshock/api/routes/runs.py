@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Response
 
+from foreshock.api.access.scopes import READ, WRITE
 from foreshock.api.openapi import errors
 from foreshock.api.problems import Problem
 from foreshock.api.registry import Attempt, LaunchConflict, LaunchRequest, Run
@@ -34,16 +35,21 @@ _ID_LENGTH: Final = 32
 @router.post(
     "/runs",
     status_code=201,
+    dependencies=[WRITE],
     responses=errors(409, also={200: {"model": LaunchAnswer, "description": "Known already"}}),
 )
 def announce_launch(body: LaunchBody, services: ServicesDep, response: Response) -> LaunchAnswer:
     """Start an attempt of a run. The same launch_id gives the same answer (200)."""
     if len(body.run) == _ID_LENGTH and all(c in "0123456789abcdef" for c in body.run):
         raise Problem(422, "a run's name must not look like a run_id (32 hex digits)")
+    project = services.principal.home(body.project)
+    if not services.principal.sees(project):
+        raise Problem(403, f"this token has no access to project {project!r}")
+    launch_id = str(body.launch_id)
     request = LaunchRequest(
-        project=body.project,
+        project=project,
         run=body.run,
-        launch_id=str(body.launch_id),
+        launch_id=launch_id,
         first_step=body.first_step,
         parent_launch=str(body.parent_launch) if body.parent_launch else None,
         config=body.config,
@@ -59,21 +65,23 @@ def announce_launch(body: LaunchBody, services: ServicesDep, response: Response)
         raise Problem(422, str(error)) from None
     if not new:
         response.status_code = 200
+    else:
+        services.note("launch.announce", project=project, subject=body.run, launch=launch_id)
     return LaunchAnswer(run_id=run_id, attempt=attempt)
 
 
-@router.get("/runs")
+@router.get("/runs", dependencies=[READ])
 def list_runs(
     services: ServicesDep,
     project: Annotated[str | None, Query(description="Only this one.")] = None,
 ) -> RunList:
     """All runs, the one heard of last first."""
-    runs = services.registry.runs(project)
+    runs = [r for r in services.registry.runs(project) if services.principal.sees(r.project)]
     runs.sort(key=_heard, reverse=True)
     return RunList(runs=[RunBody(**_summary(services, run)) for run in runs])
 
 
-@router.get("/runs/{run}")
+@router.get("/runs/{run}", dependencies=[READ])
 def get_run(run: RunName, services: ServicesDep, project: Project = "default") -> RunDetail:
     """One run, by run_id, or by name within a project."""
     found = find_run(services, run, project)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
 
+from foreshock.api.access.scopes import READ
 from foreshock.api.routes.parameters import SelectionDep, TensorQuery
 from foreshock.api.schemas import SeriesBody, numbers
 from foreshock.api.services import ServicesDep
@@ -26,7 +27,7 @@ def _body(series: Series) -> SeriesBody:
     )
 
 
-@router.get("/runs/{run}/series")
+@router.get("/runs/{run}/series", dependencies=[READ])
 def get_run_series(
     chosen: SelectionDep,
     services: ServicesDep,

@@ -1,7 +1,8 @@
 // Speaks with the service: one fetch for every call, non-finite numbers decoded, failures told apart.
 
 export class Gone extends Error {} // no answer: the service is down or restarting
-export class Refused extends Error {} // 401 or 403: a token is needed
+export class Refused extends Error {} // 401: a token is needed
+export class Forbidden extends Error {} // 403: the session may look only
 export class Unknown extends Error {} // 404
 export class Failed extends Error {} // anything else; the message is the service's own
 
@@ -26,7 +27,8 @@ async function send(path, options) {
   if (response.ok) return response;
   const problem = await response.json().catch(() => ({}));
   const text = problem.detail || problem.title || `the service answered ${response.status}`;
-  if (response.status === 401 || response.status === 403) throw new Refused(text);
+  if (response.status === 401) throw new Refused(text);
+  if (response.status === 403) throw new Forbidden(text);
   if (response.status === 404) throw new Unknown(text);
   if ([502, 503, 504].includes(response.status)) throw new Gone(text);
   throw new Failed(text);

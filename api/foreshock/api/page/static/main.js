@@ -1,6 +1,6 @@
 // Puts the page together: which run is shown, when what is fetched again, and what to say when nothing is there.
 
-import { Failed, Gone, Refused, Stream, Unknown, post } from "./api.js";
+import { Failed, Forbidden, Gone, Refused, Stream, Unknown, post } from "./api.js";
 import { clear, drawHeat, drawLoss, drawRisk } from "./charts.js";
 import { $, contentOr, el, show } from "./dom.js";
 import * as panels from "./panels.js";
@@ -42,6 +42,9 @@ function failed(error) {
     connection("lost", "no connection");
   } else if (error instanceof Refused) {
     signIn();
+  } else if (error instanceof Forbidden) {
+    $("banner").textContent = "This session may only look. To answer alerts, sign out, and in again with that box ticked.";
+    show("banner", true);
   } else if (error instanceof Failed) {
     $("banner").textContent = `The service could not answer: ${error.message}`;
     show("banner", true);
@@ -254,7 +257,8 @@ function controls() {
     event.preventDefault();
     $("signin-error").textContent = "";
     try {
-      await post("/login", { token: $("token").value });
+      const scopes = $("may-write").checked ? ["read", "write"] : ["read"];
+      await post("/login", { token: $("token").value, scopes });
       $("signin-form").reset();
       localStorage.setItem(SIGNED_IN, "yes");
       show("signout", true);

@@ -150,6 +150,19 @@ RECORDS: Final[dict[str, Any]] = {
     ]
 }
 
+_TOKEN: Final[dict[str, Any]] = {
+    "id": "3f9a1c7b20de",
+    "name": "cluster-a",
+    "scopes": ["write"],
+    "projects": ["llama"],
+    "created_at": "2026-01-31T12:00:00Z",
+    "created_by": "FORESHOCK_TOKEN",
+    "expires_at": "2026-05-01T12:00:00Z",
+    "revoked_at": None,
+    "previous_until": None,
+    "last_used": "2026-02-01T08:00:00Z",
+}
+
 EXAMPLES: Final[Mapping[str, dict[str, Any]]] = {
     "LaunchBody": {
         "run": "llama-1b",
@@ -204,5 +217,31 @@ EXAMPLES: Final[Mapping[str, dict[str, Any]]] = {
     "AlertModel": _ALERT,
     "Feedback": {"correct": True, "note": "the rate was too high"},
     "Health": {"status": "ok", "reasons": []},
+    "TokenRequest": {
+        "name": "cluster-a",
+        "scopes": ["write"],
+        "projects": ["llama"],
+        "lifetime_seconds": 7_776_000,
+    },
+    "Rotation": {"grace_seconds": 86_400},
+    "TokenBody": _TOKEN,
+    "SecretBody": _TOKEN | {"secret": "fsk_3f9a1c7b20de_..."},
+    "TokenList": {"tokens": [_TOKEN]},
+    "AuditPage": {
+        "entries": [
+            {
+                "id": 17,
+                "at": "2026-01-31T12:00:00Z",
+                "action": "token.revoke",
+                "actor_id": "bootstrap",
+                "actor": "FORESHOCK_TOKEN",
+                "address": "10.0.0.7",
+                "project": "llama",
+                "subject": "3f9a1c7b20de",
+                "detail": {},
+            }
+        ],
+        "before": None,
+    },
 }
 """By name of the schema. Not on the models: FastAPI drops nulls from what stands there."""

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from foreshock.api.access.audit import Action
 from foreshock.api.access.scopes import ADMIN
@@ -19,24 +19,6 @@ router = APIRouter(tags=["access"])
 
 class AuditBody(BaseModel):
     """One entry."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "id": 17,
-                    "at": "2026-01-31T12:00:00Z",
-                    "action": "token.revoke",
-                    "actor_id": "bootstrap",
-                    "actor": "FORESHOCK_TOKEN",
-                    "address": "10.0.0.7",
-                    "project": "llama",
-                    "subject": "3f9a1c7b20de",
-                    "detail": {},
-                }
-            ]
-        }
-    )
 
     id: int
     at: datetime
@@ -60,7 +42,7 @@ class AuditPage(BaseModel):
 def list_audit(
     services: ServicesDep,
     *,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    limit: Annotated[int, Query(ge=1, le=1000, description="At most so many.")] = 100,
     before: Annotated[
         int | None, Query(ge=1, lt=2**63, description="Only entries before this one.")
     ] = None,

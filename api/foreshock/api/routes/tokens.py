@@ -9,8 +9,7 @@ from datetime import datetime, timedelta
 from typing import Annotated, Final, Self
 
 from fastapi import APIRouter, Path, Response
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.config import JsonDict
+from pydantic import BaseModel, Field
 
 from foreshock.api.access.principal import Grant, GrantError, Principal, Scope
 from foreshock.api.access.scopes import ADMIN
@@ -25,35 +24,10 @@ router = APIRouter(tags=["access"])
 
 _LONGEST_SECONDS: Final = 10 * 366 * 24 * 3600
 _DAY: Final = 24 * 3600
-_EXAMPLE: Final[JsonDict] = {
-    "id": "3f9a1c7b20de",
-    "name": "cluster-a",
-    "scopes": ["write"],
-    "projects": ["llama"],
-    "created_at": "2026-01-31T12:00:00Z",
-    "created_by": "FORESHOCK_TOKEN",
-    "expires_at": "2026-05-01T12:00:00Z",
-    "revoked_at": None,
-    "previous_until": None,
-    "last_used": "2026-02-01T08:00:00Z",
-}
 
 
 class TokenRequest(BaseModel):
     """A token to be made."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "name": "cluster-a",
-                    "scopes": ["write"],
-                    "projects": ["llama"],
-                    "lifetime_seconds": 90 * _DAY,
-                }
-            ]
-        }
-    )
 
     name: str = Field(min_length=1, max_length=128, description="For people.")
     scopes: list[Scope] = Field(min_length=1, max_length=3)
@@ -66,8 +40,6 @@ class TokenRequest(BaseModel):
 class Rotation(BaseModel):
     """How a token gets a new secret."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"grace_seconds": _DAY}]})
-
     grace_seconds: int = Field(
         _DAY, ge=0, le=_LONGEST_SECONDS, description="How long the secret before is taken."
     )
@@ -75,8 +47,6 @@ class Rotation(BaseModel):
 
 class TokenBody(BaseModel):
     """A token, without its secret."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     id: str
     name: str
@@ -99,10 +69,6 @@ class TokenBody(BaseModel):
 
 class SecretBody(TokenBody):
     """A token with its secret, which is shown this once."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [_EXAMPLE | {"secret": "fsk_3f9a1c7b20de_..."}]}
-    )
 
     secret: str = Field(repr=False, description="Send it as Authorization: Bearer <secret>.")
 

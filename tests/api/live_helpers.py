@@ -11,16 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from foreshock.api.alert_log import AlertContent, AlertSubject
 from foreshock.api.cli.receiver import received
+from foreshock.api.scoring_records import ScoringRecord
 from foreshock.monitor.record import (
     HORIZONS,
     Event,
     Risk,
-    StatisticColumns,
     StepRecord,
     TensorIdentity,
     TensorStatistics,
@@ -107,18 +108,21 @@ class ScriptedScorer:
     seen: list[int] = field(default_factory=list)
     total: float = 0.0
     calm: int = 0
-    state: str = "ok"
+    state_name: str = "ok"
     fail_at: int | None = None
 
-    def score(
-        self,
-        *,
-        step: int,
-        scalars: Mapping[str, float],
-        events: Sequence[Event] = (),
-        identities: Sequence[TensorIdentity] | None = None,
-        statistics: StatisticColumns | None = None,
-    ) -> Risk:
+    def score_record(self, record: ScoringRecord) -> Risk:
+        return self.score(step=record.step, scalars=record.scalars)
+
+    @property
+    def state(self) -> Any:
+        return self.seen, self.total, self.calm, self.state_name
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.seen, self.total, self.calm, self.state_name = state
+
+    def score(self, *, step: int, scalars: Mapping[str, float]) -> Risk:
         if step == self.fail_at:
             raise RuntimeError("the scorer cannot take this record")
         loss = scalars.get("loss", 0.0)
@@ -126,16 +130,16 @@ class ScriptedScorer:
         self.total += loss if math.isfinite(loss) else 0.0
         kind = None
         if not loss <= 5:
-            self.state, kind, self.calm = "firing", "detection", 0
+            self.state_name, kind, self.calm = "firing", "detection", 0
         elif loss > 4:
-            self.state, kind, self.calm = "firing", "forecast", 0
-        elif self.state == "firing":
+            self.state_name, kind, self.calm = "firing", "forecast", 0
+        elif self.state_name == "firing":
             self.calm += 1
-            self.state = "resolved" if self.calm >= 3 else "firing"
-            kind = "forecast" if self.state == "firing" else None
+            self.state_name = "resolved" if self.calm >= 3 else "firing"
+            kind = "forecast" if self.state_name == "firing" else None
         else:
-            self.state = "ok"
-        return risk(step, self.state, kind, min(1.0, self.total / (1e3 * len(self.seen))))
+            self.state_name = "ok"
+        return risk(step, self.state_name, kind, min(1.0, self.total / (1e3 * len(self.seen))))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

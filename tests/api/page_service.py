@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import uvicorn
 
 from foreshock.api.app import create_app
-from foreshock.api.live_run import Scorer
 from foreshock.api.live_service import LiveService
+from foreshock.api.scoring_records import ScoringRecord
 from foreshock.api.settings import Settings
-from foreshock.monitor.record import Driver, Event, Risk, StatisticColumns, TensorIdentity
+from foreshock.monitor.record import Driver, Risk
 
 __all__ = ["DRIVERS", "FIRES_AT", "REASON"]
 
@@ -35,16 +35,11 @@ DRIVERS: Final = (
 class ScriptedScorer:
     """Rises with the largest gradient norm; fires from `FIRES_AT` on while it is above 1."""
 
-    def score(
-        self,
-        *,
-        step: int,
-        scalars: Mapping[str, float],
-        events: Sequence[Event] = (),
-        identities: Sequence[TensorIdentity] | None = None,
-        statistics: StatisticColumns | None = None,
-    ) -> Risk:
+    state: Any = None
+
+    def score_record(self, record: ScoringRecord) -> Risk:
         """The risk after this record."""
+        step, scalars = record.step, record.scalars
         high = scalars.get("grad_norm", 0.0) > 1
         middle = 0.75 if high else 0.02
         firing = high and step >= FIRES_AT
@@ -61,14 +56,6 @@ class ScriptedScorer:
         )
 
 
-class ScriptedLive(LiveService):
-    """The live half with that scorer."""
-
-    def new_scorer(self) -> Scorer:
-        """A scripted one."""
-        return ScriptedScorer()
-
-
 def main() -> None:
     """Serve until told to stop."""
     parser = argparse.ArgumentParser()
@@ -76,7 +63,9 @@ def main() -> None:
     parser.add_argument("--port-file", type=Path, required=True)
     given = parser.parse_args()
     listener = socket.create_server(("127.0.0.1", given.port), backlog=64)
-    app = create_app(Settings.from_environment(os.environ), live=ScriptedLive)
+    app = create_app(
+        Settings.from_environment(os.environ), live=partial(LiveService, new_scorer=ScriptedScorer)
+    )
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     server = _Server(config, given.port_file, listener.getsockname()[1])
     server.run(sockets=[listener])

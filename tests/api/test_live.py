@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +18,7 @@ from foreshock.api.exposition import ServiceTally
 from foreshock.api.live import LiveAnalysis, LiveParts
 from foreshock.api.live_run import HOLD_SECONDS, RunAnalysis
 from foreshock.api.registry import LaunchRequest, Registry
+from foreshock.api.scoring_workers import InlineScoring, Scoring
 from foreshock.api.stream import EventStream
 from foreshock.monitor.record import SCHEMA, Event, records_to_table
 from tests.api.live_helpers import SUBJECT, ScriptedScorer, record, table_of, wait_until
@@ -27,7 +30,15 @@ class MemoryStore:
     def __init__(self) -> None:
         self.tables: dict[tuple[str, int], pa.Table] = {}
         self.risks: dict[tuple[str, int], dict[int, str]] = {}
+        self.rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
         self.broken = False
+
+    def probabilities(self, run_id: str, attempt: int = 1) -> dict[int, tuple[float | None, ...]]:
+        """By step, one per horizon; a risk that was kept twice has too many."""
+        found: dict[int, tuple[float | None, ...]] = {}
+        for row in self.rows[run_id, attempt]:
+            found[row["step"]] = (*found.get(row["step"], ()), row["probability"])
+        return found
 
     def commit(self, run_id: str, attempt: int, table: pa.Table) -> None:
         held = self.tables.get((run_id, attempt), SCHEMA.empty_table())
@@ -52,6 +63,7 @@ class MemoryStore:
         for run_id, attempt, table in groups:
             held = self.risks.setdefault((run_id, attempt), {})
             held |= dict(zip(table["step"].to_pylist(), table["state"].to_pylist(), strict=True))
+            self.rows.setdefault((run_id, attempt), []).extend(table.to_pylist())
 
     def last_risk_step(self, run_id: str, attempt: int) -> int | None:
         self._table(run_id, attempt)
@@ -77,7 +89,12 @@ class World:
         self.scorers.append(ScriptedScorer(fail_at=self.fail_at))
         return self.scorers[-1]
 
-    def analysis(self, queue_batches: int = 100, idle_seconds: float = 900.0) -> LiveAnalysis:
+    def analysis(
+        self,
+        queue_batches: int = 100,
+        idle_seconds: float = 900.0,
+        scoring: Scoring | None = None,
+    ) -> LiveAnalysis:
         self.log = AlertLog(self.registry)
         parts = LiveParts(
             registry=self.registry,
@@ -85,7 +102,7 @@ class World:
             log=self.log,
             stream=self.stream,
             tally=self.tally,
-            new_scorer=self.new_scorer,
+            scoring=scoring or InlineScoring(self.new_scorer),
             diagnose=lambda *where: self.diagnose(*where),
             alerted=lambda: None,
         )
@@ -153,14 +170,21 @@ def test_batches_that_overtake_each_other_wait(world: World, live: LiveAnalysis)
     assert world.tally.value("foreshock_late_records_total") == 0
 
 
+def answered(run: RunAnalysis) -> list[int]:
+    """Score what is ready; its steps."""
+    table = run.ready(0.0, 100)
+    assert table is not None
+    scoring = InlineScoring(ScriptedScorer)
+    (answer,) = scoring.score([replace(run.task(table), fresh=True)])
+    run.scored(table, answer)
+    return [risk.step for _, risk in answer.risks]
+
+
 def test_a_gap_is_waited_for_but_not_for_ever() -> None:
-    scorer = ScriptedScorer()
-    run = RunAnalysis(SUBJECT, scorer)
+    run = RunAnalysis(SUBJECT)
     run.behind = False
     run.offer(table_of(range(4)))
-    first = run.ready(0.0, 100)
-    assert first is not None
-    assert len(list(run.score(first))) == 4
+    assert answered(run) == [0, 1, 2, 3]
     run.offer(table_of([6, 7]))
     assert run.ready(1.0, 100) is None
     assert run.ready(1.0 + HOLD_SECONDS / 2, 100) is None
@@ -170,13 +194,11 @@ def test_a_gap_is_waited_for_but_not_for_ever() -> None:
 
 
 def test_sparse_logs_are_not_held_back() -> None:
-    run = RunAnalysis(SUBJECT, ScriptedScorer())
+    run = RunAnalysis(SUBJECT)
     run.behind = False
     for steps in ([0, 10], [20, 30]):
         run.offer(table_of(steps))
-        ready = run.ready(0.0, 100)
-        assert ready is not None
-        assert len(list(run.score(ready))) == 2
+        assert answered(run) == steps
     assert run.last_step == 30
 
 
@@ -367,5 +389,5 @@ def test_events_are_published(world: World, live: LiveAnalysis) -> None:
     world.send(live, table_of(range(3), at_2=9.0))
     wait_until(lambda: len(world.risks()) == 3)
     kinds = [event.kind for event in world.stream._events]
-    assert kinds == ["alert", "step", "risk"]
+    assert sorted(kinds) == ["alert", "risk", "step"]
     assert {event.run_id for event in world.stream._events} == {world.run_id}

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from foreshock.api.risks import risk_document, risk_history, risk_table
+from foreshock.api.run_window import run_window
 from foreshock.api.store import Store
 from foreshock.api.store_open import open_store
 from foreshock.api.store_url import ChdbPlace
-from foreshock.api.windows import RunRecords, run_window
+from foreshock.api.windows import RunRecords
 from foreshock.monitor.record import Event, Risk, records_to_table
 from tests.api.live_helpers import START, record, risk
 from tests.api.service import LAYERS, fact_rows, make_record

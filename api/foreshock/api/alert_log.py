@@ -194,6 +194,16 @@ class AlertLog:
                 kinds = self._open.setdefault((row.run_id, row.attempt), {})
                 kinds[row.kind] = _Open(row.id, row.state, _subject(row))
 
+    def fires(self, subject: AlertSubject, risk: Risk) -> bool:
+        """Whether `follow` would start an alert with this risk, which then says why."""
+        with self._lock:
+            return risk.state == "firing" and not self._known(subject, risk)
+
+    def _known(self, subject: AlertSubject, risk: Risk) -> bool:
+        found = self._open.get((subject.run_id, subject.attempt), {})
+        known = found.get(risk.kind or "forecast")
+        return known is not None and known.state in (risk.state, "firing", "resolved")
+
     def follow(
         self, subject: AlertSubject, risk: Risk, explain: Callable[[], AlertContent]
     ) -> tuple[Alert, ...]:
@@ -215,8 +225,7 @@ class AlertLog:
             if risk.state in ("ok", "resolved"):
                 return self._settle(subject, risk.step, "risk is back to normal") if found else ()
             kind: RiskKind = risk.kind or "forecast"
-            known = found.get(kind)
-            if known is not None and known.state in (risk.state, "firing", "resolved"):
+            if self._known(subject, risk):
                 return ()
             if risk.state == "firing":
                 content = explain()

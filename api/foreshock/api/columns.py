@@ -21,9 +21,17 @@ from foreshock.monitor.record import (
     flatten_tensors,
 )
 
-__all__ = ["RecordColumns", "RecordReader", "TensorLayout"]
+__all__ = ["IDENTITY_COLUMNS", "RecordColumns", "RecordReader", "TensorLayout"]
 
-_IDENTITY: Final = ("layer", "role", "format", "call_index", "expert", "granularity", "what_if")
+IDENTITY_COLUMNS: Final = (
+    "layer",
+    "role",
+    "format",
+    "call_index",
+    "expert",
+    "granularity",
+    "what_if",
+)
 _VALUES: Final = ("numel", "observations", *STATISTICS)
 
 IntArray = np.ndarray[Any, np.dtype[np.intp]]
@@ -96,7 +104,7 @@ class RecordReader:
         flat = flatten_tensors(table)
         columns = {name: _masked(flat[name]) for name in _VALUES}
         first = np.searchsorted(flat["record"].to_numpy(), np.arange(table.num_rows + 1))
-        identity = flat.select(_IDENTITY)
+        identity = flat.select(IDENTITY_COLUMNS)
         rows = table.select(["step", "time", "scalars", "events"]).to_pylist()
         for index, row in enumerate(rows):
             start, stop = int(first[index]), int(first[index + 1])

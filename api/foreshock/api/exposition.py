@@ -262,11 +262,11 @@ class ServiceTally:
         with self._lock:
             self._deliveries[channel, outcome] += 1
 
-    def scored(self, seconds: float) -> None:
-        """Count a scored record and its time."""
+    def scored(self, seconds: float, records: int = 1) -> None:
+        """Count records that were scored together, and the time they took."""
         with self._lock:
-            self._counts["foreshock_scored_records_total"] += 1
-            self._scoring.counts[bisect_left(SCORING_BUCKETS, seconds)] += 1
+            self._counts["foreshock_scored_records_total"] += records
+            self._scoring.counts[bisect_left(SCORING_BUCKETS, seconds / records)] += records
             self._scoring.total += seconds
 
     def value(self, name: str) -> int:

@@ -1,8 +1,8 @@
 """Scores every committed record once, in order, and says what changed: risk rows, alerts, events.
 
-Ingest hands batches over and never waits; one thread works them off. Nothing is lost when that
-thread is slow or the process dies: what is not in memory is read again from the store. Decides no
-threshold and sends no alert itself.
+Ingest hands batches over and never waits; one thread works them off and has them scored elsewhere
+(`Scoring`). Nothing is lost when that is slow or a process dies: what is not in memory is read
+again from the store. Decides no threshold and sends no alert itself.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Final, Protocol
 
 import pyarrow as pa
 
-from foreshock.api.alert_log import Alert, AlertContent, AlertLog, AlertSubject
+from foreshock.api.alert_log import Alert, AlertLog, AlertSubject
 from foreshock.api.alert_text import summary_row
 from foreshock.api.diagnosis import Cause
 from foreshock.api.exposition import RunReading, ServiceTally
-from foreshock.api.live_run import Latest, RunAnalysis, Scorer
+from foreshock.api.live_alerts import AlertFollower
+from foreshock.api.live_run import Latest, RunAnalysis
 from foreshock.api.registry import Registry
 from foreshock.api.risks import risk_document, risk_table
+from foreshock.api.scoring import RunKey, Scored
+from foreshock.api.scoring_workers import Scoring
 from foreshock.api.stream import EventStream
 from foreshock.monitor.record import Risk, encode_number
 
@@ -46,6 +48,9 @@ IDLE_SECONDS: Final = 900.0
 STALE_ALERT: Final = timedelta(hours=6)
 """An open alert of a run that sent nothing for so long ends."""
 
+_REQUEST_BYTES: Final = 64 * 1024 * 1024
+"""Records that are scored in one request; more runs wait for the next one."""
+
 _QUEUE_BYTES: Final = 256 * 1024 * 1024
 _FLUSH_ROWS: Final = 2048
 _FLUSH_SECONDS: Final = 0.5
@@ -53,8 +58,7 @@ _TICK_SECONDS: Final = 0.2
 _RETRY_SECONDS: Final = 1.0
 _SWEEP_SECONDS: Final = 1.0
 _MOST_DRAINED: Final = 256
-
-_Key = tuple[str, int]
+_LAST_DIAGNOSES_SECONDS: Final = 5.0
 
 
 class RecordStore(Protocol):
@@ -87,7 +91,7 @@ class LiveParts:
         log: Alerts.
         stream: Readers of events.
         tally: The service's counters.
-        new_scorer: Makes a fresh scorer for an attempt.
+        scoring: Where records are scored.
         diagnose: Causes as of (run_id, attempt, step).
         alerted: Called after the alert log changed; must return at once.
     """
@@ -97,7 +101,7 @@ class LiveParts:
     log: AlertLog
     stream: EventStream
     tally: ServiceTally
-    new_scorer: Callable[[], Scorer]
+    scoring: Scoring
     diagnose: Callable[[str, int, int], tuple[Cause, ...]]
     alerted: Callable[[], None]
 
@@ -121,20 +125,21 @@ class LiveAnalysis:
     ) -> None:
         self._parts = parts
         self._idle_seconds = idle_seconds
-        self._queue: queue.Queue[tuple[_Key, pa.Table]] = queue.Queue(queue_batches)
+        self._queue: queue.Queue[tuple[RunKey, pa.Table]] = queue.Queue(queue_batches)
         self._lock = threading.Lock()
         self._queued_bytes = 0
-        self._dirty: set[_Key] = set()
+        self._dirty: set[RunKey] = set()
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="live-analysis", daemon=True)
         # Only the worker changes it; readers copy it under the lock.
-        self._runs: dict[_Key, RunAnalysis] = {}
-        self._unsaved: dict[_Key, list[tuple[datetime, Risk]]] = {}
+        self._runs: dict[RunKey, RunAnalysis] = {}
+        self._unsaved: dict[RunKey, list[tuple[datetime, Risk]]] = {}
         self._saved_at = time.monotonic()
-        self._failed: dict[_Key, float] = {}
+        self._failed: dict[RunKey, float] = {}
         self._swept_at = time.monotonic()
         self._working = False
+        self._alerts = AlertFollower(parts.log, parts.diagnose, self._tell, self._failure)
 
     def start(self) -> None:
         """Start the thread; records that an earlier process did not score come first."""
@@ -145,6 +150,7 @@ class LiveAnalysis:
             scored = self._parts.store.last_risk_step(run.run_id, newest.number)
             if scored is None or scored < newest.last_step:
                 self._dirty.add((run.run_id, newest.number))
+        self._parts.scoring.start()
         self._thread.start()
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -153,6 +159,8 @@ class LiveAnalysis:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
+        self._alerts.close()
+        self._parts.scoring.stop()
 
     def committed(self, run_id: str, attempt: int, table: pa.Table) -> None:
         """A batch is durable; returns at once.
@@ -211,7 +219,7 @@ class LiveAnalysis:
         with self._lock:
             runs = list(self._runs.values())
             waiting = bool(self._dirty) or not self._queue.empty() or self._queued_bytes > 0
-        waiting |= self._working or bool(self._unsaved)
+        waiting |= self._working or bool(self._unsaved) or self._alerts.busy
         return not (waiting or any(run.behind or run.pending for run in runs))
 
     def _run(self) -> None:
@@ -225,6 +233,7 @@ class LiveAnalysis:
             if not busy:
                 self._wake.wait(_TICK_SECONDS)
         try:
+            self._alerts.finish(_LAST_DIAGNOSES_SECONDS)
             self._save(everything=True)
         except Exception:  # noqa: BLE001 what is not saved is scored again after the restart
             self._failure("the last risk rows could not be saved")
@@ -239,12 +248,20 @@ class LiveAnalysis:
         now = time.monotonic()
         taken, dirty = self._drain()
         active = {key for key, run in self._runs.items() if run.behind or run.pending}
-        busy = False
-        for key in active | dirty | set(taken):
-            if now < self._failed.get(key, 0.0):
-                self._defer(key)
-            else:
-                busy |= self._serve(key, taken.get(key, ()), dirty=key in dirty)
+        chosen: list[tuple[RunAnalysis, pa.Table]] = []
+        space, busy = _REQUEST_BYTES, False
+        for key in sorted(active | dirty | set(taken), key=self._turns):
+            if now < self._failed.get(key, 0.0) or space <= 0:
+                self._wait(key, taken.get(key, ()), dirty=key in dirty)
+                busy |= space <= 0
+                continue
+            found, more = self._serve(key, taken.get(key, ()), dirty=key in dirty)
+            busy |= more
+            if found is not None:
+                chosen.append(found)
+                space -= found[1].nbytes
+        self._score(chosen)
+        self._alerts.work()
         self._save(everything=False)
         if now - self._swept_at > _SWEEP_SECONDS:
             self._swept_at = now
@@ -253,9 +270,9 @@ class LiveAnalysis:
         self._working = False
         return busy
 
-    def _drain(self) -> tuple[dict[_Key, list[pa.Table]], set[_Key]]:
+    def _drain(self) -> tuple[dict[RunKey, list[pa.Table]], set[RunKey]]:
         """Take what waits: batches by run, and the runs to be read from the store."""
-        taken: dict[_Key, list[pa.Table]] = {}
+        taken: dict[RunKey, list[pa.Table]] = {}
         for _ in range(min(self._queue.qsize(), _MOST_DRAINED)):
             key, table = self._queue.get_nowait()
             taken.setdefault(key, []).append(table)
@@ -264,27 +281,40 @@ class LiveAnalysis:
             dirty, self._dirty = self._dirty, set()
         return taken, dirty
 
-    def _defer(self, key: _Key) -> None:
-        with self._lock:
-            self._dirty.add(key)
+    def _turns(self, key: RunKey) -> tuple[bool, float]:
+        """Runs whose records are in memory first, then the one that has waited longest."""
+        run = self._runs.get(key)
+        return (True, 0.0) if run is None else (run.behind, run.served)
 
-    def _serve(self, key: _Key, tables: Sequence[pa.Table], *, dirty: bool) -> bool:
-        """Give one run its batches and score a chunk; whether there may be more at once.
+    def _wait(self, key: RunKey, tables: Sequence[pa.Table], *, dirty: bool) -> None:
+        """Leave a run for a later turn; its records are in the store."""
+        if tables or dirty or key not in self._runs:
+            with self._lock:
+                self._dirty.add(key)
+
+    def _serve(
+        self, key: RunKey, tables: Sequence[pa.Table], *, dirty: bool
+    ) -> tuple[tuple[RunAnalysis, pa.Table] | None, bool]:
+        """Give one run its batches; the records to score, and whether there may be more at once.
 
         A failure is the run's own; it is read from the store again a little later.
         """
         try:
             run = self._hand_over(key, tables, dirty=dirty)
-            return self._advance(run)
+            return self._chunk(run)
         except UnknownRun:
             logger.warning("run %s is gone; its records are not scored", key[0])
         except Exception:  # noqa: BLE001 one run's trouble must not stop the others
             self._failure(f"analysis of run {key[0]} failed")
-            self._failed[key] = time.monotonic() + _RETRY_SECONDS
-            self._defer(key)
-        return False
+            self._fail(key)
+        return None, False
 
-    def _hand_over(self, key: _Key, tables: Sequence[pa.Table], *, dirty: bool) -> RunAnalysis:
+    def _fail(self, key: RunKey) -> None:
+        self._failed[key] = time.monotonic() + _RETRY_SECONDS
+        with self._lock:
+            self._dirty.add(key)
+
+    def _hand_over(self, key: RunKey, tables: Sequence[pa.Table], *, dirty: bool) -> RunAnalysis:
         run = self._runs.get(key)
         if run is None:
             run = self._opened(*key)
@@ -298,10 +328,14 @@ class LiveAnalysis:
         late = sum(run.offer(table) for table in tables)
         if late:
             self._parts.tally.add("foreshock_late_records_total", late)
-            newest = max(run.last_step, run.silent_until)
-            after = self._parts.store.step_before(*key, newest, WARM_RECORDS)
-            run.rewind(self._parts.new_scorer(), after)
+            self._begin_anew(run)
+        elif not (self._parts.scoring.holds(key) or run.fresh or run.restore()):
+            self._begin_anew(run)
         return run
+
+    def _begin_anew(self, run: RunAnalysis) -> None:
+        newest = max(run.last_step, run.silent_until)
+        run.begin(self._parts.store.step_before(*run.key, newest, WARM_RECORDS))
 
     def _opened(self, run_id: str, attempt: int) -> RunAnalysis:
         """An attempt that was not in memory; its scorer is yet to be brought to where it was."""
@@ -310,68 +344,59 @@ class LiveAnalysis:
         if named is None:
             raise UnknownRun(f"the registry does not know run {run_id}")
         subject = AlertSubject(run_id, named.project, named.name, attempt)
-        run = RunAnalysis(subject, parts.new_scorer())
+        run = RunAnalysis(subject)
         scored = parts.store.last_risk_step(run_id, attempt)
         if scored is not None:
-            run.last_step = parts.store.step_before(run_id, attempt, scored, WARM_RECORDS)
+            run.begin(parts.store.step_before(run_id, attempt, scored, WARM_RECORDS))
             run.silent_until = scored
-        for owner, number in parts.log.open_attempts():
-            if owner == run_id and number < attempt:
-                before = AlertSubject(run_id, named.project, named.name, number)
-                self._tell(parts.log.close(before, named.highest_step or 0, _newer(attempt)))
+        older = [n for owner, n in parts.log.open_attempts() if owner == run_id and n < attempt]
+        if older:
+            self._alerts.finish(_LAST_DIAGNOSES_SECONDS)
+        for number in older:
+            before = AlertSubject(run_id, named.project, named.name, number)
+            self._tell(parts.log.close(before, named.highest_step or 0, _newer(attempt)))
         return run
 
-    def _advance(self, run: RunAnalysis) -> bool:
-        """Score a chunk; whether there may be more at once."""
-        subject = run.subject
+    def _chunk(self, run: RunAnalysis) -> tuple[tuple[RunAnalysis, pa.Table] | None, bool]:
+        """The next records of a run, and whether there may be more at once."""
         if run.behind:
             store = self._parts.store
-            table = store.next_records(subject.run_id, subject.attempt, run.last_step, CHUNK)
-            more = table.num_rows == CHUNK
-            run.behind = more
+            table = store.next_records(*run.key, run.last_step, CHUNK)
+            run.behind = table.num_rows == CHUNK
+            more = run.behind
         else:
             ready = run.ready(time.monotonic(), CHUNK)
             if ready is None:
-                return False
+                return None, False
             table, more = ready, run.pending > 0
-        self._score(run, table)
-        return bool(more)
+        return ((run, table) if table.num_rows else None), more
 
-    def _score(self, run: RunAnalysis, table: pa.Table) -> None:
-        subject = run.subject
-        key = (subject.run_id, subject.attempt)
-        scored = run.score(table)
-        while True:
-            started = time.perf_counter()
-            pair = next(scored, None)
-            if pair is None:
-                break
-            self._parts.tally.scored(time.perf_counter() - started)
-            record, risk = pair
-            if record.step <= run.silent_until:
-                continue
-            if risk is None:
+    def _score(self, chosen: Sequence[tuple[RunAnalysis, pa.Table]]) -> None:
+        """Have the records of many runs scored together."""
+        if not chosen:
+            return
+        answers = self._parts.scoring.score([run.task(table) for run, table in chosen])
+        by_key = {answer.key: answer for answer in answers}
+        for run, table in chosen:
+            run.served = time.monotonic()
+            answer = by_key.get(run.key)
+            if answer is None:
+                # Lost with its worker: the store has the records, the run a state to go on from.
                 self._parts.tally.add("foreshock_analysis_errors_total")
-                continue
-            self._unsaved.setdefault(key, []).append((record.time, risk))
-            explain = partial(self._explain, subject, risk)
-            self._tell(self._parts.log.follow(subject, risk, explain))
-        self._publish(run)
+                self._fail(run.key)
+            else:
+                self._take(run, table, answer)
 
-    def _explain(self, subject: AlertSubject, risk: Risk) -> AlertContent:
-        causes: tuple[Cause, ...] = ()
-        try:
-            causes = self._parts.diagnose(subject.run_id, subject.attempt, risk.step)
-        except Exception:  # noqa: BLE001 an alert without its cause is worth more than none
-            self._failure(f"diagnosis of run {subject.run} failed")
-        return AlertContent(
-            step=risk.step,
-            probability=risk.probability,
-            expected_lead=risk.expected_lead,
-            causes=tuple(asdict(cause) for cause in causes),
-            drivers=tuple(asdict(driver) for driver in risk.drivers),
-            model_version=risk.model_version,
-        )
+    def _take(self, run: RunAnalysis, table: pa.Table, answer: Scored) -> None:
+        run.scored(table, answer)
+        self._parts.tally.scored(answer.seconds, table.num_rows)
+        if answer.failed:
+            self._parts.tally.add("foreshock_analysis_errors_total", answer.failed)
+        if answer.risks:
+            self._unsaved.setdefault(run.key, []).extend(answer.risks)
+        for _, risk in answer.risks:
+            self._alerts.follow(run.subject, risk)
+        self._publish(run)
 
     def _tell(self, changed: Sequence[Alert]) -> None:
         for alert in changed:
@@ -397,15 +422,18 @@ class LiveAnalysis:
     def _save(self, *, everything: bool) -> None:
         """Give risk rows to the store, in groups."""
         now = time.monotonic()
-        waiting = sum(map(len, self._unsaved.values()))
+        # What is in the store is not looked at again, so its alert must be in the log before.
+        saved = {k: risks for k, risks in self._unsaved.items() if not self._alerts.waits(k)}
+        waiting = sum(map(len, saved.values()))
         due = waiting >= _FLUSH_ROWS or now - self._saved_at >= _FLUSH_SECONDS
         if not waiting or not (due or everything):
             return
         self._saved_at = now
         # One INSERT for all runs: the store copes with few large ones, not with many small ones.
-        groups = [(*key, risk_table(risks)) for key, risks in self._unsaved.items()]
+        groups = [(*key, risk_table(risks)) for key, risks in saved.items()]
         self._parts.store.append_risks(groups)
-        self._unsaved.clear()
+        for key in saved:
+            del self._unsaved[key]
 
     def _forget(self, now: float) -> None:
         """Drop runs that went silent, and attempts that a newer one has replaced."""
@@ -418,6 +446,7 @@ class LiveAnalysis:
                 with self._lock:
                     del self._runs[key]
                 self._failed.pop(key, None)
+                self._parts.scoring.forget(key)
 
     def _close_stale(self) -> None:
         for run_id, attempt in self._parts.log.open_attempts():

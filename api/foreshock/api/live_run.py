@@ -1,51 +1,35 @@
-"""The live analysis of one attempt of one run: its order of records, its scorer, its newest values.
+"""The live analysis of one attempt of one run: the order of its records, and its newest answer.
 
 Records are scored once each, in the order of their steps, so that a risk is the same live and on
-replay. Knows no thread, no queue and no store.
+replay. Knows no thread, no queue, no store and no scorer: those are the caller's.
 """
 
 from __future__ import annotations
 
-import logging
+import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from foreshock.api.alert_log import AlertSubject
 from foreshock.api.columns import RecordColumns, RecordReader
 from foreshock.api.exposition import RunReading
-from foreshock.monitor.record import Event, Risk, StatisticColumns, TensorIdentity
+from foreshock.api.scoring import Newest, RunKey, Scored, ScoringTask, Snapshot
+from foreshock.monitor.record import Risk
 
-__all__ = ["Latest", "RunAnalysis", "Scorer"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Latest", "RunAnalysis"]
 
 HOLD_SECONDS: Final = 2.0
 """How long records wait for a step missing before them."""
 
 _RECENT: Final = 4096
 _MOST_PENDING: Final = 8192
-
-
-class Scorer(Protocol):
-    """What scores one record after the other; `foreshock.api.scorer.LocalScorer` is one."""
-
-    def score(
-        self,
-        *,
-        step: int,
-        scalars: Mapping[str, float],
-        events: Sequence[Event] = (),
-        identities: Sequence[TensorIdentity] | None = None,
-        statistics: StatisticColumns | None = None,
-    ) -> Risk:
-        """The risk after this record."""
-        ...
+_SMALL_BATCH: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,39 +66,53 @@ class RunAnalysis:
 
     Args:
         subject: Whose it is.
-        scorer: Fresh; belongs to this object from now on.
 
     Attributes:
         subject: As given.
         last_step: Newest step given to the scorer; -1 before the first.
         silent_until: Steps up to here only bring the scorer to where it was; they were answered.
+        fresh: Whether the next task begins anew.
         behind: Whether the store holds records that are not in this object's memory.
         touched: Monotonic seconds of the last sign of life; kept by the caller.
+        served: Monotonic seconds when it was scored last; kept by the caller.
     """
 
-    def __init__(self, subject: AlertSubject, scorer: Scorer) -> None:
+    def __init__(self, subject: AlertSubject) -> None:
         self.subject = subject
         self.last_step = -1
         self.silent_until = -1
         self.behind = True
         self.touched = 0.0
-        self._scorer = scorer
-        self._reader = RecordReader()
+        self.served = 0.0
+        self.fresh = True
+        self._snapshot: Snapshot | None = None
         self._pending: pa.Table | None = None
         self._held_since: float | None = None
         self._gaps: deque[int] = deque(maxlen=16)
         self._scored: deque[int] = deque(maxlen=_RECENT)
-        self._step_seconds: deque[float] = deque(maxlen=32)
-        self._scalars: dict[str, float] = {}
-        self._dropped, self._dropped_until = 0.0, -1
-        self._with_tensors: RecordColumns | None = None
-        self._safe_since: datetime | None = None
-        self._latest: Latest | None = None
+        self._newest: Newest | None = None
+        self._measured = _Measured()
+
+    @property
+    def key(self) -> RunKey:
+        """run_id and attempt."""
+        return self.subject.run_id, self.subject.attempt
 
     @property
     def latest(self) -> Latest | None:
         """The newest answer; None until the scorer is where it was."""
-        return self._latest if self.last_step >= self.silent_until else None
+        newest = self._newest
+        if newest is None or newest.step < self.silent_until:
+            return None
+        return Latest(
+            subject=self.subject,
+            step=newest.step,
+            time=newest.time,
+            risk=newest.risk,
+            step_seconds=newest.step_seconds,
+            steps_per_record=newest.steps_per_record,
+            safe_since=newest.safe_since,
+        )
 
     @property
     def pending(self) -> int:
@@ -181,97 +179,97 @@ class RunAnalysis:
         self._held_since = None
         return len(steps)
 
-    def rewind(self, scorer: Scorer, after: int) -> None:
+    def begin(self, after: int) -> None:
         """Begin anew behind a step: what was answered already is scored again, in silence.
 
         Args:
-            scorer: Fresh.
             after: The records after this step are to come, from the store.
         """
-        self._scorer = scorer
         self.silent_until = max(self.silent_until, self.last_step)
         self.last_step = after
+        self.fresh, self._snapshot = True, None
         self.fall_behind()
 
-    def score(self, table: pa.Table) -> Iterator[tuple[RecordColumns, Risk | None]]:
-        """Score sorted records one by one; None where the scorer failed, and the run goes on.
+    def restore(self) -> bool:
+        """Go back to the newest state that was kept; whether there is one."""
+        if self._snapshot is None:
+            return False
+        self.silent_until = max(self.silent_until, self.last_step)
+        self.last_step = self._snapshot.step
+        self.fresh = True
+        self.fall_behind()
+        return True
 
-        Args:
-            table: Records of `SCHEMA` with rising steps.
-        """
-        for record in self._reader.read(table):
-            risk = self._risk(record)
-            self._remember(record)
-            if risk is not None:
-                self._latest = self._answer(record, risk)
-            yield record, risk
-        if self._with_tensors is not None:
-            # A view would keep the whole batch alive.
-            self._with_tensors = _detached(self._with_tensors)
-
-    def _risk(self, record: RecordColumns) -> Risk | None:
-        try:
-            return self._scorer.score(
-                step=record.step,
-                scalars=record.scalars,
-                events=record.events,
-                identities=None if record.layout is None else record.layout.identities,
-                statistics=record.statistics,
-            )
-        except Exception:
-            # One record that the scorer cannot take must not end the run's analysis.
-            logger.exception("run %s, step %d: scoring failed", self.subject.run, record.step)
-            return None
-
-    def _remember(self, record: RecordColumns) -> None:
-        if self.last_step >= 0 and record.step > self.last_step:
-            self._gaps.append(record.step - self.last_step)
-        self.last_step = max(self.last_step, record.step)
-        self._scored.append(record.step)
-        self._scalars |= record.scalars
-        if "step_seconds" in record.scalars:
-            self._step_seconds.append(record.scalars["step_seconds"])
-        if record.layout is not None:
-            self._with_tensors = record
-        if record.step > self._dropped_until:
-            self._dropped += sum(_dropped(event) for event in record.events)
-            self._dropped_until = record.step
-        checkpoint = any(event.kind == "checkpoint" for event in record.events)
-        if self._safe_since is None or checkpoint:
-            self._safe_since = record.time
-
-    def _answer(self, record: RecordColumns, risk: Risk) -> Latest:
-        return Latest(
-            subject=self.subject,
-            step=record.step,
-            time=record.time,
-            risk=risk,
-            step_seconds=float(np.median(self._step_seconds)) if self._step_seconds else None,
-            steps_per_record=int(np.median(self._gaps)) if self._gaps else 1,
-            safe_since=self._safe_since or record.time,
+    def task(self, table: pa.Table) -> ScoringTask:
+        """What is to be scored, for these records."""
+        state = None if self._snapshot is None or not self.fresh else self._snapshot.state
+        return ScoringTask(
+            key=self.key,
+            table=table,
+            silent_until=self.silent_until,
+            fresh=self.fresh,
+            state=state,
         )
+
+    def scored(self, table: pa.Table, answer: Scored) -> None:
+        """Take in the answer for these records."""
+        self.fresh = False
+        steps = table["step"].to_pylist()
+        for before, step in zip([self.last_step, *steps], steps, strict=False):
+            if before >= 0:
+                self._gaps.append(step - before)
+        self.last_step = steps[-1]
+        self._scored.extend(steps)
+        self._newest = answer.newest or self._newest
+        self._snapshot = answer.snapshot or self._snapshot
+        self._measured.take(table)
 
     def reading(self) -> RunReading | None:
         """The newest values for a scrape; None before the first."""
-        latest, measured = self.latest, self._with_tensors
-        if latest is None:
+        newest = self._newest
+        if newest is None or newest.step < self.silent_until:
             return None
+        measured = self._measured.read()
         return RunReading(
             project=self.subject.project,
             run=self.subject.run,
-            step=latest.step,
-            time=latest.time.timestamp(),
-            scalars=dict(self._scalars),
-            risk=latest.risk,
-            dropped=self._dropped,
+            step=newest.step,
+            time=newest.time.timestamp(),
+            scalars=newest.scalars,
+            risk=newest.risk,
+            dropped=newest.dropped,
             layout=None if measured is None else measured.layout,
             statistics=None if measured is None else measured.statistics,
         )
 
 
-def _detached(record: RecordColumns) -> RecordColumns:
-    statistics = record.statistics or {}
-    return replace(record, statistics={name: values.copy() for name, values in statistics.items()})
+class _Measured:
+    """The newest record with tensors; taken apart only when somebody looks."""
+
+    def __init__(self) -> None:
+        self._reader = RecordReader()
+        self._lock = threading.Lock()
+        self._row: pa.Table | None = None
+        self._read: tuple[pa.Table, RecordColumns] | None = None
+
+    def take(self, table: pa.Table) -> None:
+        lengths = pc.fill_null(pc.list_value_length(table["tensors"]), 0).to_numpy()
+        places = np.flatnonzero(lengths)
+        if not places.size:
+            return
+        place = int(places[-1])
+        # A slice would keep the whole batch alive.
+        small = table.num_rows <= _SMALL_BATCH
+        self._row = table.slice(place, 1) if small else table.take(pa.array([place]))
+
+    def read(self) -> RecordColumns | None:
+        with self._lock:
+            row, known = self._row, self._read
+            if row is None:
+                return None
+            if known is None or known[0] is not row:
+                known = self._read = row, next(iter(self._reader.read(row)))
+            return known[1]
 
 
 def _sorted_once(table: pa.Table) -> pa.Table:
@@ -281,12 +279,3 @@ def _sorted_once(table: pa.Table) -> pa.Table:
     if len(kept) == len(steps) and (index[1:] > index[:-1]).all():
         return table
     return table.take(pa.array(index))
-
-
-def _dropped(event: Event) -> float:
-    """How many records a `dropped` event speaks of: the first number of its detail, else 1."""
-    if event.kind != "dropped":
-        return 0.0
-    words = (event.detail or "").split()
-    numbers = [word for word in words if word.isdecimal()]
-    return float(numbers[0]) if numbers else 1.0

@@ -5,23 +5,25 @@ What the application starts, stops and asks; computes nothing itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 
 import pyarrow as pa
 
 from foreshock.api.alert_log import AlertLog
-from foreshock.api.artifact import load_shipped
 from foreshock.api.delivery import AlertmanagerChannel, AppriseChannel, Channel, Delivery
-from foreshock.api.diagnosis import Cause, diagnose
+from foreshock.api.diagnosis import Cause
+from foreshock.api.diagnosis_process import DiagnosisProcess
 from foreshock.api.exposition import ServiceTally, metrics_registry
 from foreshock.api.live import LiveAnalysis, LiveParts
-from foreshock.api.live_run import Latest, Scorer
+from foreshock.api.live_run import Latest
 from foreshock.api.registry import Registry
-from foreshock.api.scorer import LocalScorer
+from foreshock.api.scoring import Scorer, ShippedScorers
+from foreshock.api.scoring_workers import InlineScoring, Scoring, ScoringWorkers
 from foreshock.api.settings import Settings
 from foreshock.api.store import Store
 from foreshock.api.stream import EventStream
-from foreshock.api.windows import DIAGNOSIS_RECORDS, RunRecords, run_window
+from foreshock.api.windows import DIAGNOSIS_RECORDS, RunRecords
 
 __all__ = ["LiveService", "alert_channels"]
 
@@ -41,20 +43,35 @@ def alert_channels(settings: Settings) -> tuple[Channel, ...]:
 class LiveService:
     """Everything that happens to a run once its records are durable.
 
+    Args:
+        settings: What the service is told.
+        registry: Names of runs.
+        store: Records and risks.
+        new_scorer: Makes a fresh scorer; must be importable from another process. None takes the
+            shipped model.
+
     Attributes:
         log: The alerts.
         stream: The events.
         metrics: What `/metrics` shows.
         tally: The service's counters.
+        new_scorer: As given.
 
     Raises:
         ValueError: An alert address is wrong.
     """
 
-    def __init__(self, settings: Settings, registry: Registry, store: Store) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        store: Store,
+        new_scorer: Callable[[], Scorer] | None = None,
+    ) -> None:
         channels = alert_channels(settings)
         self._records = RunRecords(store)
-        self._artifact = load_shipped()
+        self.new_scorer = new_scorer or ShippedScorers()
+        self._diagnosis = DiagnosisProcess()
         self.log = AlertLog(registry, [channel.name for channel in channels])
         self.stream = EventStream()
         self.tally = ServiceTally()
@@ -65,7 +82,7 @@ class LiveService:
             log=self.log,
             stream=self.stream,
             tally=self.tally,
-            new_scorer=self.new_scorer,
+            scoring=_scoring(settings, self.new_scorer),
             diagnose=self.diagnose,
             alerted=self._delivery.wake,
         )
@@ -87,6 +104,7 @@ class LiveService:
         self.stream.close()
         self._analysis.stop()
         self._delivery.stop()
+        self._diagnosis.stop()
 
     def committed(self, run_id: str, attempt: int, table: pa.Table) -> None:
         """A batch is durable; returns at once (see `LiveAnalysis.committed`)."""
@@ -101,10 +119,6 @@ class LiveService:
         """Whether everything committed so far is scored and saved."""
         return self._analysis.idle
 
-    def new_scorer(self) -> Scorer:
-        """A fresh scorer with the shipped model."""
-        return LocalScorer(self._artifact)
-
     def diagnose(self, run_id: str, attempt: int, step: int) -> tuple[Cause, ...]:
         """Likely causes as of a step, from the records before it.
 
@@ -114,7 +128,7 @@ class LiveService:
             step: Nothing after it is looked at.
         """
         table = self._records.newest_records(run_id, attempt, step, DIAGNOSIS_RECORDS)
-        return diagnose(run_window(table)) if table.num_rows else ()
+        return self._diagnosis.diagnose(table) if table.num_rows else ()
 
     def _gauges(self) -> Mapping[str, float]:
         return {
@@ -122,3 +136,10 @@ class LiveService:
             "foreshock_event_readers": self.stream.readers,
             "foreshock_scoring_queue_length": self._analysis.queue_length,
         }
+
+
+def _scoring(settings: Settings, new_scorer: Callable[[], Scorer]) -> Scoring:
+    count = settings.analysis_workers
+    if count < 0:
+        count = max(1, (os.cpu_count() or 1) // 2)
+    return ScoringWorkers(count, new_scorer) if count else InlineScoring(new_scorer)

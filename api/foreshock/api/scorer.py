@@ -18,7 +18,8 @@ from foreshock.api.alerts import PLANNED_EVENTS, AlertMachine
 from foreshock.api.artifact import HEADS, Artifact, Head, load_shipped
 from foreshock.api.detection import Detection, LossDetector
 from foreshock.api.features import FEATURES, SIGNAL_OF_FEATURE, FeatureExtractor
-from foreshock.api.signals import summarise, worst_layers
+from foreshock.api.scoring_records import ScoringRecord
+from foreshock.api.signals import EXTREMES, summarise, worst_layers
 from foreshock.monitor.record import (
     HORIZONS,
     STATISTICS,
@@ -75,7 +76,7 @@ class LocalScorer:
         self._extractor = FeatureExtractor(settings)
         self._detector = LossDetector()
         self._machine = AlertMachine(None, self._artifact.alerts if self._artifact else None)
-        self._layers: dict[str, str] = {}
+        self._worst: tuple[str | None, ...] = (None,) * len(EXTREMES)
         self.features: FloatArray | None = None
 
     def __call__(self, record: StepRecord) -> Risk:
@@ -116,13 +117,33 @@ class LocalScorer:
             identities: One per tensor row, None off the cadence.
             statistics: Name to (rows,), masked or NaN = not measured.
         """
+        if identities and statistics:
+            layers = worst_layers(identities, statistics)
+            self._worst = tuple(layers.get(name) for name in EXTREMES)
+        return self._answer(step, scalars, events, summarise(identities, statistics, scalars))
+
+    def score_record(self, record: ScoringRecord) -> Risk:
+        """Score one record whose signals are made already; the same answer as `score`."""
+        if record.measured:
+            self._worst = record.worst
+        return self._answer(record.step, record.scalars, record.events, record.signals)
+
+    @property
+    def state(self) -> Any:
+        """All that it learned from the records so far; can be pickled, and holds no model."""
+        return self._extractor, self._detector, self._machine, self._worst, self.features
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._extractor, self._detector, self._machine, self._worst, self.features = state
+
+    def _answer(
+        self, step: int, scalars: Mapping[str, float], events: Sequence[Event], signals: FloatArray
+    ) -> Risk:
         if any(event.kind in PLANNED_EVENTS for event in events):
             self._extractor.rebaseline()
             self._detector.rebaseline()
             self._machine.rebaseline()
-        if identities and statistics:
-            self._layers = worst_layers(identities, statistics)
-        signals = summarise(identities, statistics, scalars)
         self.features = self._extractor.update(step, signals)
         loss = scalars.get("loss")
         detection = self._detector.update(step, None if loss is None else float(loss))
@@ -204,8 +225,9 @@ class LocalScorer:
             _SIGNAL[: contributions.size], weights=contributions, minlength=len(_SIGNAL_NAMES)
         )
         ranked = np.argsort(-totals, kind="stable")[:_DRIVERS]
+        layers = dict(zip(EXTREMES, self._worst, strict=True))
         return tuple(
-            Driver(_SIGNAL_NAMES[i], float(totals[i]), self._layers.get(_SIGNAL_NAMES[i]))
+            Driver(_SIGNAL_NAMES[i], float(totals[i]), layers.get(_SIGNAL_NAMES[i]))
             for i in ranked.tolist()
             if totals[i] > 0
         )

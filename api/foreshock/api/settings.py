@@ -68,6 +68,8 @@ class Settings:
         query_bytes: Most memory of one read of the store.
         query_clients: Reads of the store at the same time.
         live_queue_batches: Batches waiting for live analysis before it re-reads from the store.
+        analysis_workers: Processes that score live runs; 0 scores in the service's own, -1 takes
+            half of the cores.
         alert_urls: apprise addresses that get alerts.
         alertmanager_urls: Alertmanager base addresses.
 
@@ -101,6 +103,7 @@ class Settings:
     query_bytes: int = 2048 * _MEBIBYTE
     query_clients: int = 4
     live_queue_batches: int = 1024
+    analysis_workers: int = -1
     alert_urls: tuple[str, ...] = field(default=(), repr=False)
     alertmanager_urls: tuple[str, ...] = field(default=(), repr=False)
 
@@ -119,6 +122,11 @@ class Settings:
             parse_store(self.store, self.data_dir)
         except StoreUrlError as error:
             raise SettingsError(str(error)) from None
+        if self.analysis_workers < -1:
+            raise SettingsError(
+                f"analysis_workers is {self.analysis_workers}; allowed: -1 (half of the cores), "
+                "0 (none of their own) or more"
+            )
         if self.token is not None and len(self.token) < _SHORTEST_TOKEN:
             raise SettingsError(
                 f"the token has {len(self.token)} characters; use {_SHORTEST_TOKEN} or more"

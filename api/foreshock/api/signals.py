@@ -17,13 +17,19 @@ import numpy.typing as npt
 from foreshock.monitor.record import TensorIdentity
 
 __all__ = [
+    "EXTREMES",
+    "FOLD_STATISTICS",
     "LOSS_SIGNALS",
     "SCALAR_SIGNALS",
     "SIGNALS",
     "SIGNAL_ROLES",
     "TENSOR_SIGNALS",
+    "fold_statistics",
+    "nonfinite_share",
+    "scalar_signals",
     "summarise",
     "worst_layers",
+    "worst_rows",
 ]
 
 FloatArray = npt.NDArray[np.float64]
@@ -66,6 +72,10 @@ _FOLDS: Final = (
     _Fold("amax", ("max", "median"), 1e-45),
 )
 _LIMIT: Final = 200.0
+_SIGNS: Final = np.array([-1.0 if "min" in fold.folds else 1.0 for fold in _FOLDS])[:, None]
+
+FOLD_STATISTICS: Final = tuple(fold.statistic for fold in _FOLDS)
+"""The statistics that are folded over layers, in the order of `fold_statistics`' rows."""
 
 TENSOR_SIGNALS: Final = (
     "nonfinite_tensors",
@@ -78,6 +88,13 @@ TENSOR_SIGNALS: Final = (
 )
 SIGNALS: Final[tuple[str, ...]] = (*SCALAR_SIGNALS, *TENSOR_SIGNALS)
 """Names of the entries of a signal vector, in order; tensor signals are `role.statistic.fold`."""
+
+EXTREMES: Final = tuple(
+    f"{role}.{fold.statistic}.{'min' if 'min' in fold.folds else 'max'}"
+    for role in SIGNAL_ROLES
+    for fold in _FOLDS
+)
+"""The signals that are one layer's value, in the order of `worst_rows` role by role."""
 
 
 def summarise(
@@ -117,26 +134,36 @@ def worst_layers(
         statistics: Name to values of shape (rows,).
     """
     worst: dict[str, str] = {}
-    for role in SIGNAL_ROLES:
+    for place, role in enumerate(SIGNAL_ROLES):
         rows = _rows_of(identities, role)
         if rows.size == 0:
             continue
-        for fold in _FOLDS:
-            values = _column(statistics, fold.statistic, rows)
-            if values is None or not np.isfinite(values).any():
-                continue
-            for how in fold.folds:
-                if how == "median":
-                    continue
-                pick = np.nanargmin(values) if how == "min" else np.nanargmax(values)
-                name = f"{role}.{fold.statistic}.{how}"
-                worst[name] = identities[int(rows[int(pick)])].layer
+        found = worst_rows(_stacked(statistics, rows, ()))
+        names = EXTREMES[place * len(_FOLDS) : (place + 1) * len(_FOLDS)]
+        for name, row in zip(names, found.tolist(), strict=True):
+            if row >= 0:
+                worst[name] = identities[int(rows[row])].layer
     return worst
+
+
+def worst_rows(values: FloatArray) -> npt.NDArray[np.intp]:
+    """Which row holds each statistic's bad end: the largest, or the smallest where that is bad.
+
+    Args:
+        values: (..., FOLD_STATISTICS, rows), NaN = not measured.
+
+    Returns:
+        (..., FOLD_STATISTICS) rows; -1 where no value is finite.
+    """
+    with np.errstate(invalid="ignore"):
+        key = np.where(np.isnan(values), -np.inf, values * _SIGNS)
+    known = np.isfinite(values).any(axis=-1)
+    return np.where(known, key.argmax(axis=-1), -1)
 
 
 def _scalar_signals(scalars: Mapping[str, Any]) -> FloatArray:
     if all(isinstance(value, float | int) for value in scalars.values()):
-        return _one_record(scalars)
+        return scalar_signals(scalars)
     loss, loss_bad = _measured(scalars, "loss")
     grad, grad_bad = _measured(scalars, "grad_norm")
     update, _ = _measured(scalars, "update_ratio")
@@ -152,8 +179,8 @@ def _scalar_signals(scalars: Mapping[str, Any]) -> FloatArray:
     return np.stack(np.broadcast_arrays(*columns), axis=-1)
 
 
-def _one_record(scalars: Mapping[str, float]) -> FloatArray:
-    """As for arrays, without their overhead: the live path of every step."""
+def scalar_signals(scalars: Mapping[str, float]) -> FloatArray:
+    """The scalar part of one record's signals, (len(SCALAR_SIGNALS),): the live path of a step."""
     row = []
     for name in ("loss", "grad_norm", "update_ratio", "param_norm"):
         value = scalars.get(name, math.nan)
@@ -186,7 +213,8 @@ def _measured(scalars: Mapping[str, Any], name: str) -> tuple[FloatArray, FloatA
 def _log2(values: FloatArray, floor: float = 1e-45) -> FloatArray:
     with np.errstate(invalid="ignore"):
         result = np.log2(np.maximum(values, 0.0) + floor)
-    return np.clip(result, -_LIMIT, _LIMIT)
+    # As np.clip, at a part of its cost on small arrays.
+    return np.asarray(np.minimum(np.maximum(result, -_LIMIT), _LIMIT))
 
 
 def _rows_of(identities: Sequence[TensorIdentity], role: str) -> npt.NDArray[np.intp]:
@@ -212,37 +240,63 @@ def _filled(values: Any) -> FloatArray:
     return data
 
 
+def _stacked(
+    statistics: Mapping[str, Any], rows: npt.NDArray[np.intp], lead: tuple[int, ...]
+) -> FloatArray:
+    """(..., FOLD_STATISTICS, rows) as measured, NaN where a statistic is missing."""
+    values = np.full((*lead, len(_FOLDS), rows.size), np.nan)
+    for index, name in enumerate(FOLD_STATISTICS):
+        column = _column(statistics, name, rows)
+        if column is not None:
+            values[..., index, :] = column
+    return values
+
+
 def _tensor_signals(
     identities: Sequence[TensorIdentity], statistics: Mapping[str, Any]
 ) -> FloatArray:
     lead = np.shape(next(iter(statistics.values())))[:-1] if statistics else ()
-    parts = [_nonfinite_share(identities, statistics, lead)]
-    for role in SIGNAL_ROLES:
-        rows = _rows_of(identities, role)
-        values = np.full((*lead, len(_FOLDS), rows.size), np.nan)
-        for index, fold in enumerate(_FOLDS):
-            column = _column(statistics, fold.statistic, rows)
-            if column is not None:
-                values[..., index, :] = _transform(column, fold)
-        parts.append(_fold_rows(values))
+    rows = {role: _rows_of(identities, role) for role in SIGNAL_ROLES}
+    every = np.concatenate(list(rows.values()))
+    counts = _column(statistics, "nonfinite_count", every)
+    if counts is None or every.size == 0:
+        parts = [np.full((*lead, 1), np.nan)]
+    else:
+        parts = [nonfinite_share(counts, np.array(every.size))[..., None]]
+    parts += [fold_statistics(_stacked(statistics, rows[role], lead)) for role in SIGNAL_ROLES]
     return np.concatenate(parts, axis=-1)
 
 
-def _nonfinite_share(
-    identities: Sequence[TensorIdentity], statistics: Mapping[str, Any], lead: tuple[int, ...]
-) -> FloatArray:
-    rows = np.concatenate([_rows_of(identities, role) for role in SIGNAL_ROLES])
-    counts = _column(statistics, "nonfinite_count", rows)
-    if counts is None or rows.size == 0:
-        return np.full((*lead, 1), np.nan)
-    return np.asarray((np.nan_to_num(counts) > 0).mean(axis=-1, keepdims=True), dtype=np.float64)
+def nonfinite_share(counts: FloatArray, rows: npt.NDArray[np.intp]) -> FloatArray:
+    """Share of tensors with a non-finite element.
+
+    Args:
+        counts: (..., rows) non-finite elements, NaN = not measured or no row.
+        rows: (...) how many of the rows there are.
+    """
+    with np.errstate(invalid="ignore"):
+        bad = np.count_nonzero(np.nan_to_num(counts) > 0, axis=-1)
+    return np.asarray(bad / rows, dtype=np.float64)
 
 
-def _transform(column: FloatArray, fold: _Fold) -> FloatArray:
-    if fold.floor is not None:
-        return _log2(column, fold.floor)
-    # An exact cast has an infinite sqnr; a NaN stays what it is.
-    return np.clip(column, -_LIMIT, _LIMIT)
+def fold_statistics(values: FloatArray) -> FloatArray:
+    """One role's signals of records, by one sort over its rows.
+
+    Args:
+        values: (..., FOLD_STATISTICS, rows) as measured, NaN = not measured or no row.
+
+    Returns:
+        (..., signals of one role).
+    """
+    scaled = np.empty_like(values)
+    for index, fold in enumerate(_FOLDS):
+        column = values[..., index, :]
+        if fold.floor is not None:
+            scaled[..., index, :] = _log2(column, fold.floor)
+        else:
+            # An exact cast has an infinite sqnr; a NaN stays what it is.
+            np.minimum(np.maximum(column, -_LIMIT), _LIMIT, out=scaled[..., index, :])
+    return _fold_rows(scaled)
 
 
 def _fold_rows(values: FloatArray) -> FloatArray:

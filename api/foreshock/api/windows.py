@@ -1,4 +1,4 @@
-"""Pieces of a run out of the store: the next and the newest records, and a window for diagnosis.
+"""Pieces of a run out of the store: the next and the newest records.
 
 Counts in records, where the store counts in steps. Writes risk rows through and keeps nothing.
 """
@@ -11,12 +11,10 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from foreshock.api.columns import RecordColumns, RecordReader
-from foreshock.api.diagnosis import RunWindow
 from foreshock.api.store import Store, View
-from foreshock.monitor.record import SCHEMA, STATISTICS, TensorIdentity
+from foreshock.monitor.record import SCHEMA
 
-__all__ = ["DIAGNOSIS_RECORDS", "RunRecords", "run_window"]
+__all__ = ["DIAGNOSIS_RECORDS", "RunRecords"]
 
 DIAGNOSIS_RECORDS: Final = 256
 """Records that a diagnosis looks back over."""
@@ -82,52 +80,3 @@ class RunRecords:
     ) -> np.ndarray[Any, np.dtype[np.int64]]:
         steps = self._store.step_window(View(run_id, attempt, first, last))["step"].to_numpy()
         return np.asarray(steps, dtype=np.int64)
-
-
-def run_window(table: pa.Table) -> RunWindow:
-    """Records as arrays over time.
-
-    Args:
-        table: T records of `SCHEMA`, sorted by step.
-
-    Returns:
-        Steps (T,), scalars (T,) each (non-finite ones NaN too) and statistics (T, rows) each, NaN
-        where not measured; rows are all tensors that stand in any of the records.
-    """
-    records = list(RecordReader().read(table))
-    names = sorted({name for record in records for name in record.scalars})
-    rows: dict[TensorIdentity, int] = {}
-    for record in records:
-        for identity in record.layout.identities if record.layout is not None else ():
-            rows.setdefault(identity, len(rows))
-    statistics = {name: np.full((len(records), len(rows)), np.nan) for name in STATISTICS}
-    for time, record in enumerate(records):
-        _place(statistics, time, record, rows)
-    return RunWindow(
-        steps=np.array([record.step for record in records], dtype=np.int64),
-        scalars={
-            name: _finite([record.scalars.get(name, np.nan) for record in records])
-            for name in names
-        },
-        identities=tuple(rows),
-        statistics=statistics,
-    )
-
-
-def _finite(values: list[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    array = np.array(values, dtype=np.float64)
-    return np.where(np.isfinite(array), array, np.nan)
-
-
-def _place(
-    statistics: dict[str, np.ndarray[Any, np.dtype[np.float64]]],
-    time: int,
-    record: RecordColumns,
-    rows: dict[TensorIdentity, int],
-) -> None:
-    if record.layout is None or record.statistics is None:
-        return
-    place = [rows[identity] for identity in record.layout.identities]
-    for name, values in statistics.items():
-        measured = record.statistics[name]
-        values[time, place] = np.where(np.ma.getmaskarray(measured), np.nan, measured.data)

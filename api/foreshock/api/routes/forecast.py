@@ -13,13 +13,13 @@ from starlette.concurrency import run_in_threadpool
 
 from foreshock.api.access.scopes import READ
 from foreshock.api.bodies import RECORDS_BODY
-from foreshock.api.columns import RecordReader
-from foreshock.api.live_run import Scorer
 from foreshock.api.problems import Problem
 from foreshock.api.risks import risk_document
 from foreshock.api.routes.live_parts import Live
 from foreshock.api.routes.parameters import ContentEncoding
 from foreshock.api.routes.risk import RiskModel
+from foreshock.api.scoring import Scorer
+from foreshock.api.scoring_records import KnownLayout, scoring_records
 from foreshock.api.services import ServicesDep
 from foreshock.api.wire import (
     ARROW,
@@ -37,6 +37,7 @@ __all__ = ["ForecastAnswer", "router"]
 router = APIRouter(tags=["risk"])
 
 MOST_RECORDS: Final = 20_000
+_RECORDS_AT_ONCE: Final = 64
 
 
 class ForecastAnswer(BaseModel):
@@ -80,17 +81,13 @@ def _forecast(
     table = read_batch(decode_body(body, encoding, limits.arrow), media_type, limits)
     if table.num_rows > MOST_RECORDS:
         raise Problem(413, f"{table.num_rows} records; at most {MOST_RECORDS} a call")
+    layout = KnownLayout()
     risks, last = [], -1
-    for index, record in enumerate(RecordReader().read(table)):
-        if record.step <= last:
-            raise RecordError(f"step {record.step} follows {last}; steps must rise", index)
-        last = record.step
-        risk = scorer.score(
-            step=record.step,
-            scalars=record.scalars,
-            events=record.events,
-            identities=None if record.layout is None else record.layout.identities,
-            statistics=record.statistics,
-        )
-        risks.append(RiskModel(**risk_document(risk)))
+    for first in range(0, table.num_rows, _RECORDS_AT_ONCE):
+        part = table.slice(first, _RECORDS_AT_ONCE)
+        for index, record in enumerate(scoring_records(part, [layout] * part.num_rows), first):
+            if record.step <= last:
+                raise RecordError(f"step {record.step} follows {last}; steps must rise", index)
+            last = record.step
+            risks.append(RiskModel(**risk_document(scorer.score_record(record))))
     return ForecastAnswer(risks=risks)

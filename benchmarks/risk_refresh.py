@@ -28,7 +28,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 import pyarrow as pa
 
 from benchmarks.ingest import LAYERS, ROLES, STEPS, make_table
@@ -57,7 +56,7 @@ class Result:
 
 
 @contextmanager
-def served(folder: Path, workers: int) -> Iterator[tuple[str, psutil.Process]]:
+def served(folder: Path, workers: int) -> Iterator[tuple[str, int]]:
     """`foreshock serve` over a folder: its address and its process."""
     port = folder / "port"
     port.unlink(missing_ok=True)
@@ -70,7 +69,7 @@ def served(folder: Path, workers: int) -> Iterator[tuple[str, psutil.Process]]:
             if process.poll() is not None:
                 raise SystemExit("the service did not start")
             time.sleep(0.05)
-        yield f"http://127.0.0.1:{int(port.read_text())}", psutil.Process(process.pid)
+        yield f"http://127.0.0.1:{int(port.read_text())}", process.pid
     finally:
         process.terminate()
         process.wait(60)
@@ -167,7 +166,7 @@ class Fleet:
         return time.perf_counter() - start
 
 
-def measure(url: str, process: psutil.Process, runs: int, seconds: int, history: int) -> Result:
+def measure(url: str, process: int, runs: int, seconds: int, history: int) -> Result:
     """Warm up, then a step of every run each second."""
     listener = Listener(url)
     fleet = Fleet(url, runs, 0)
@@ -175,7 +174,7 @@ def measure(url: str, process: psutil.Process, runs: int, seconds: int, history:
         fleet.send(fleet.prepare(WARM_STEPS), WARM_STEPS)
         listener.wait(fleet.runs, fleet.step - 1, 600)
     refreshes, lags, acks = [], [], []
-    family = [process, *process.children(recursive=True)]
+    family = _family(process)
     busy, began = _cpu(family), time.perf_counter()
     for _ in range(seconds):
         bodies = fleet.prepare()
@@ -200,12 +199,28 @@ def measure(url: str, process: psutil.Process, runs: int, seconds: int, history:
         ack_p95_ms=round(1000 * cuts[94], 1),
         ack_max_ms=round(1000 * max(acks), 1),
         service_cpu_cores=round(busy, 2),
-        rss_mb=round(sum(member.memory_info().rss for member in family) / 2**20),
+        rss_mb=sum(map(_rss_kb, family)) // 1024,
     )
 
 
-def _cpu(family: Sequence[psutil.Process]) -> float:
-    return sum(sum(member.cpu_times()[:2]) for member in family)
+def _family(process: int) -> list[int]:
+    """A process and those that it started."""
+    children = [p.read_text().split() for p in Path(f"/proc/{process}/task").glob("*/children")]
+    return [process, *(int(child) for found in children for child in found)]
+
+
+def _cpu(family: Sequence[int]) -> float:
+    """Seconds of processor time so far."""
+    ticks = 0
+    for process in family:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _rss_kb(process: int) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 
 
 def main() -> None:

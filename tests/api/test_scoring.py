@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def tensors_of(rng: np.random.Generator, layers: int) -> Iterator[TensorStatisti
                 identity = TensorIdentity(
                     f"blocks.{layer}", role, "bf16" if what_if else "e4m3", what_if=what_if
                 )
-                values = {
+                values: dict[str, Any] = {
                     name: None if rng.random() < 0.1 else float(np.exp(rng.standard_normal()))
                     for name in ("amax", "rms", "kurtosis", "headroom_log2", "sqnr_db")
                 }

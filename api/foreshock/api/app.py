@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from foreshock.api import openapi, problems
 from foreshock.api.access.admission import Access, check_reach
 from foreshock.api.access.scopes import DECLARED
+from foreshock.api.database import DATABASE_LOST
 from foreshock.api.guard import Guard
 from foreshock.api.ingest import Ingest
 from foreshock.api.ledger import Ledger
@@ -104,6 +105,8 @@ def create_app(settings: Settings, *, live: LiveFactory | None = None) -> FastAP
     problems.install(app)
     openapi.install(app)
     app.add_exception_handler(StoreError, _on_store_error)
+    for lost in DATABASE_LOST:
+        app.add_exception_handler(lost, _on_database_error)
     app.add_middleware(Guard, settings=settings)
     return app
 
@@ -113,6 +116,10 @@ def _on_store_error(_: Request, error: Exception) -> Response:
     busy = isinstance(error, StoreBusy)
     detail = "the store is busy" if busy else "the store could not answer; ask for less, or again"
     return problems.problem_response(problems.Problem(503, detail, headers={"Retry-After": "1"}))
+
+
+def _on_database_error(_: Request, error: Exception) -> Response:
+    return problems.problem_response(problems.database_lost(error))
 
 
 def _api_router() -> APIRouter:
@@ -126,7 +133,7 @@ def _api_router() -> APIRouter:
 def _open(settings: Settings, live: LiveFactory | None, stack: ExitStack) -> Services:
     """Open the parts in order; closing the stack ends them in the opposite one."""
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    registry = Registry(settings.data_dir / "registry.sqlite")
+    registry = Registry(settings.database_place)
     stack.callback(registry.close)
     access = Access(registry, settings)
     stack.callback(access.close)

@@ -18,7 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from foreshock.api.access.admission import Access, Credentials
 from foreshock.api.access.principal import Principal
 from foreshock.api.access.scopes import COOKIE, PRINCIPAL_KEY
-from foreshock.api.problems import Problem, problem_response
+from foreshock.api.database import DATABASE_LOST
+from foreshock.api.problems import Problem, database_lost, problem_response
 from foreshock.api.settings import Settings, is_loopback
 
 __all__ = ["OPEN_PATHS", "Guard", "address_of"]
@@ -64,6 +65,9 @@ class Guard:
             principal, receive = await self._let_in(connection, receive)
         except Problem as problem:
             await problem_response(problem)(scope, receive, send)
+            return
+        except DATABASE_LOST as error:
+            await problem_response(database_lost(error))(scope, receive, send)
             return
         scope[PRINCIPAL_KEY] = principal
         await self._app(scope, receive, send)

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-__all__ = ["MEDIA_TYPE", "Problem", "install", "problem_response"]
+__all__ = ["MEDIA_TYPE", "Problem", "database_lost", "install", "problem_response"]
 
 MEDIA_TYPE: Final = "application/problem+json"
 
@@ -45,6 +45,14 @@ class Problem(Exception):
         self.detail = detail
         self.members = dict(members or {})
         self.headers = dict(headers or {})
+
+
+def database_lost(error: Exception) -> Problem:
+    """What is answered when the database is not there; logs why."""
+    # Its text may hold a statement with values; its origin says what is wrong.
+    _log.error("the database failed: %s", getattr(error, "orig", None) or type(error).__name__)
+    detail = "the database does not answer; try again"
+    return Problem(503, detail, headers={"Retry-After": "1"})
 
 
 def problem_response(problem: Problem) -> Response:

@@ -1,4 +1,4 @@
-"""Runs, launches, attempts, layers and the batch ledger, in SQLite through SQLAlchemy.
+"""Runs, launches, attempts, layers and the batch ledger, in SQL through SQLAlchemy.
 
 The truth about what was acknowledged: a batch counts once its ledger row is committed. Holds no
 statistics; those are the store's.
@@ -10,8 +10,8 @@ import json
 import re
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
+from foreshock.api.database import Database
 from foreshock.api.registry_tables import attempts, launches, layers, metadata, runs
 
 __all__ = [
@@ -121,29 +122,30 @@ class LaunchOwner:
 class Registry:
     """Access to the registry's database; safe to use from any thread."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the database, making it if it is not there."""
-        self.engine = sa.create_engine(f"sqlite:///{path}")
+    def __init__(self, place: Path | sa.URL) -> None:
+        """Open the database, making its tables if they are not there.
+
+        Args:
+            place: A file of SQLite, or the address of a database.
+        """
+        if isinstance(place, Path):
+            place = sa.URL.create("sqlite", database=str(place))
+        self.database = Database(place)
+        self.engine = self.database.engine
         self._lock = threading.RLock()
         self._layer_ids: dict[str, dict[str, int]] = {}
         self._owners: dict[str, LaunchOwner] = {}
         self._numbers: dict[tuple[str, int], int] = {}
-        sa.event.listen(self.engine, "connect", _on_connect)
-        sa.event.listen(self.engine, "begin", _on_begin)
         with self.write() as connection:
             metadata.create_all(connection)
 
     def close(self) -> None:
         """Give the connections back."""
-        self.engine.dispose()
+        self.database.close()
 
-    @contextmanager
-    def write(self) -> Iterator[sa.Connection]:
+    def write(self) -> AbstractContextManager[sa.Connection]:
         """A write transaction; one at a time, committed with a disk sync on leaving."""
-        with self._lock, self.engine.connect() as connection:
-            connection = connection.execution_options(foreshock_write=True)
-            with connection.begin():
-                yield connection
+        return self.database.write()
 
     def launch(self, request: LaunchRequest) -> tuple[str, int, bool]:
         """Announce a launch; the same launch gives the same answer.
@@ -186,11 +188,8 @@ class Registry:
         known = self._numbers.get((launch_id, epoch))
         if known is not None:
             return known
-        query = sa.select(attempts.c.number).where(
-            attempts.c.launch_id == launch_id, attempts.c.epoch == epoch
-        )
         with self.engine.begin() as connection:
-            number = connection.execute(query).scalar_one_or_none()
+            number = connection.execute(_epoch(launch_id, epoch)).scalar_one_or_none()
         if number is None:
             number = self._new_attempt(run_id, launch_id, epoch, first_step)
         self._numbers[launch_id, epoch] = int(number)
@@ -198,6 +197,9 @@ class Registry:
 
     def _new_attempt(self, run_id: str, launch_id: str, epoch: int, first_step: int) -> int:
         with self.write() as connection:
+            made = connection.execute(_epoch(launch_id, epoch)).scalar_one_or_none()
+            if made is not None:
+                return int(made)
             number = _next_attempt(connection, run_id)
             row = {"run_id": run_id, "number": number, "launch_id": launch_id, "epoch": epoch}
             now = datetime.now(UTC)
@@ -290,24 +292,27 @@ class Registry:
         known = self._known_layers(run_id)
         if all(name in known for name in names):
             return known
-        with self._lock:
-            known = dict(self._known_layers(run_id))
+        with self._lock, self.write() as connection:
+            # Read anew: another replica may have made some.
+            known = _stored_layers(connection, run_id)
             fresh = [name for name in dict.fromkeys(names) if name not in known]
             if len(known) + len(fresh) > MAX_LAYERS:
                 raise ValueError(f"a run may have {MAX_LAYERS} layers; this one would have more")
+            made = {name: len(known) + index for index, name in enumerate(fresh)}
             rows = [
-                {"run_id": run_id, "layer_id": len(known) + index, "name": name}
-                for index, name in enumerate(fresh)
+                {"run_id": run_id, "layer_id": number, "name": name}
+                for name, number in made.items()
             ]
             if rows:
-                with self.write() as connection:
-                    connection.execute(layers.insert(), rows)
-            made = {name: len(known) + index for index, name in enumerate(fresh)}
-            self._layer_ids[run_id] = known | made
+                connection.execute(layers.insert(), rows)
+        self._layer_ids[run_id] = known | made
         return self._layer_ids[run_id]
 
     def layer_names(self, run_id: str) -> list[str]:
         """A run's layer names; the position is the id."""
+        if self.database.shared:
+            # Another replica may have made some since.
+            self._layer_ids.pop(run_id, None)
         return list(self._known_layers(run_id))
 
     def ordered_layers(self, run: Run) -> list[str]:
@@ -315,30 +320,28 @@ class Registry:
         return list(dict.fromkeys([*run.layers, *self.layer_names(run.run_id)]))
 
     def _known_layers(self, run_id: str) -> dict[str, int]:
-        if run_id not in self._layer_ids:
-            query = sa.select(layers.c.name, layers.c.layer_id).where(layers.c.run_id == run_id)
+        known = self._layer_ids.get(run_id)
+        if known is None:
             with self._lock, self.engine.begin() as connection:
-                rows = connection.execute(query.order_by(layers.c.layer_id)).all()
-                self._layer_ids[run_id] = {row.name: row.layer_id for row in rows}
-        return self._layer_ids[run_id]
+                known = self._layer_ids[run_id] = _stored_layers(connection, run_id)
+        return known
+
+
+def _stored_layers(connection: sa.Connection, run_id: str) -> dict[str, int]:
+    query = sa.select(layers.c.name, layers.c.layer_id).where(layers.c.run_id == run_id)
+    rows = connection.execute(query.order_by(layers.c.layer_id)).all()
+    return {row.name: row.layer_id for row in rows}
+
+
+def _epoch(launch_id: str, epoch: int) -> sa.Select[int]:
+    return sa.select(attempts.c.number).where(
+        attempts.c.launch_id == launch_id, attempts.c.epoch == epoch
+    )
 
 
 def _next_attempt(connection: sa.Connection, run_id: str) -> int:
     query = sa.select(sa.func.max(attempts.c.number)).where(attempts.c.run_id == run_id)
     return int(connection.execute(query).scalar() or 0) + 1
-
-
-def _on_connect(connection: Any, _: object) -> None:
-    # SQLAlchemy's begin event starts the transaction, so that a writer can take its lock at once:
-    # a reader that turns writer would fail at once instead of waiting.
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _on_begin(connection: sa.Connection) -> None:
-    writing = connection.get_execution_options().get("foreshock_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
 
 def _utc(value: datetime) -> datetime:

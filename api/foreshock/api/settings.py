@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Self
 
+import sqlalchemy as sa
+
+from foreshock.api.database import DatabaseUrlError, database_url
 from foreshock.api.store_url import StorePlace, StoreUrlError, parse_store
 
 __all__ = ["Settings", "SettingsError", "is_loopback"]
@@ -41,6 +44,7 @@ class Settings:
     Attributes:
         data_dir: Folder of the store and the registry; one process per folder.
         store: Where statistics are kept, see `store_url.py`; empty: in the data folder.
+        database: Where runs, ledger and alerts are kept, see `database.py`; empty: likewise.
         host: Address to listen on. Any address but loopback needs a token (`check_reach`).
         port: TCP port; 0 takes a free one.
         token: Bootstrap token: every scope, every project. None: only tokens made by
@@ -79,6 +83,7 @@ class Settings:
 
     data_dir: Path = Path("foreshock-data")
     store: str = field(default="", repr=False)
+    database: str = field(default="", repr=False)
     host: str = "127.0.0.1"
     port: int = 8420
     token: str | None = field(default=None, repr=False)
@@ -120,7 +125,8 @@ class Settings:
             raise SettingsError("tls_cert and tls_key belong together; one of them is not set")
         try:
             parse_store(self.store, self.data_dir)
-        except StoreUrlError as error:
+            database_url(self.database, self.data_dir)
+        except (StoreUrlError, DatabaseUrlError) as error:
             raise SettingsError(str(error)) from None
         if self.analysis_workers < -1:
             raise SettingsError(
@@ -136,6 +142,11 @@ class Settings:
     def store_place(self) -> StorePlace:
         """Where statistics are kept."""
         return parse_store(self.store, self.data_dir)
+
+    @property
+    def database_place(self) -> sa.URL:
+        """Where runs, ledger and alerts are kept."""
+        return database_url(self.database, self.data_dir)
 
     @classmethod
     def from_environment(

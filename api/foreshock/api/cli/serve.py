@@ -30,6 +30,9 @@ def serve(
     store: Annotated[
         str | None, typer.Option(help="Address of the store, e.g. sqlite:///path.")
     ] = None,
+    database: Annotated[
+        str | None, typer.Option(help="Address of the database; better set FORESHOCK_DATABASE.")
+    ] = None,
     token: Annotated[
         str | None,
         typer.Option(help="Bootstrap token; better set FORESHOCK_TOKEN.", show_default=False),
@@ -59,6 +62,7 @@ def serve(
         "port": port,
         "data_dir": data,
         "store": store,
+        "database": database,
         "token": token,
         "public_url": public_url,
         "tls_cert": None if tls_cert is None else str(tls_cert),

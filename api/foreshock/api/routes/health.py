@@ -37,6 +37,8 @@ def get_readiness(services: ServicesDep, response: Response) -> Health:
             services.store.bounds(View(run_id=""))
         except StoreError:
             faults.append("the store does not answer")
+        if not services.registry.database.answers():
+            faults.append("the database does not answer")
     return _answer(faults, response)
 
 

@@ -329,6 +329,7 @@ class AlertLog:
         state: LoggedState | None = None,
         limit: int = 100,
         projects: frozenset[str] | None = None,
+        before: int | None = None,
     ) -> tuple[Alert, ...]:
         """Alerts, newest first.
 
@@ -337,6 +338,7 @@ class AlertLog:
             state: Only those in this state.
             limit: At most so many.
             projects: Only those of these projects; None = all.
+            before: Only those with a smaller id.
         """
         query = sa.select(alerts).order_by(alerts.c.id.desc()).limit(limit)
         if run_id is not None:
@@ -345,6 +347,8 @@ class AlertLog:
             query = query.where(alerts.c.state == state)
         if projects is not None:
             query = query.where(alerts.c.project.in_(sorted(projects)))
+        if before is not None:
+            query = query.where(alerts.c.id < before)
         with self._registry.engine.begin() as connection:
             return tuple(_alert(row) for row in connection.execute(query))
 

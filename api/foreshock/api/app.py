@@ -13,7 +13,7 @@ import pyarrow as pa
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from foreshock.api import openapi, problems
+from foreshock.api import conditional, openapi, problems
 from foreshock.api.access.admission import Access, check_reach
 from foreshock.api.access.scopes import DECLARED
 from foreshock.api.database import DATABASE_LOST
@@ -103,6 +103,7 @@ def create_app(settings: Settings, *, live: LiveFactory | None = None) -> FastAP
     app.include_router(metrics.router)
     app.include_router(page.router)
     problems.install(app)
+    conditional.install(app)
     openapi.install(app)
     app.add_exception_handler(StoreError, _on_store_error)
     for lost in DATABASE_LOST:

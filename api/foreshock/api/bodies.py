@@ -13,7 +13,15 @@ from foreshock.api.examples import RECORDS
 from foreshock.api.wire import ARROW, JSON
 from foreshock.monitor.record import ROLES, TENSOR_TYPE
 
-__all__ = ["BINARY", "CSV", "PARQUET", "RECORDS_ANSWER", "RECORDS_BODY", "RECORDS_SCHEMA"]
+__all__ = [
+    "BINARY",
+    "CSV",
+    "PARQUET",
+    "RECORDS_ANSWER",
+    "RECORDS_BODY",
+    "RECORDS_SCHEMA",
+    "TABLE_ANSWER",
+]
 
 PARQUET: Final = "application/vnd.apache.parquet"
 CSV: Final = "text/csv"
@@ -111,3 +119,13 @@ RECORDS_ANSWER: Final[dict[str, Any]] = {
         },
     },
 }
+
+TABLE_ANSWER: Final[dict[str, Any]] = {
+    ARROW: {"schema": BINARY},
+    PARQUET: {"schema": BINARY},
+    CSV: {
+        "schema": {"type": "string"},
+        "examples": {"some rows": {"value": "step,min,mean,max,nonfinite\n0,2.5,2.6,2.7,0\n"}},
+    },
+}
+"""Beside the JSON of a route's model: the same rows."""

@@ -175,7 +175,7 @@ EXAMPLES: Final[Mapping[str, dict[str, Any]]] = {
     },
     "LaunchAnswer": {"run_id": _RUN_ID, "attempt": 1},
     "BatchReceipt": {"duplicate": False, "attempts": [1], "records": 32},
-    "RunList": {"runs": [_RUN]},
+    "RunList": {"runs": [_RUN], "next": None},
     "RunDetail": _RUN
     | {
         "tokens_per_step": 1048576,
@@ -213,7 +213,7 @@ EXAMPLES: Final[Mapping[str, dict[str, Any]]] = {
     "RiskHistory": _HISTORY,
     "DiagnosisAnswer": {"step": 4120, "causes": [_CAUSE]},
     "ForecastAnswer": {"horizon_steps": [10, 100, 1000], "risks": [_RISK]},
-    "AlertList": {"alerts": [_ALERT]},
+    "AlertList": {"alerts": [_ALERT], "next": "WyJhbGVydHMiLDE3XQ"},
     "AlertModel": _ALERT,
     "Feedback": {"correct": True, "note": "the rate was too high"},
     "Health": {"status": "ok", "reasons": []},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 from foreshock.monitor.record import encode_number
 
 __all__ = [
+    "NEXT",
     "AttemptBody",
     "BatchReceipt",
     "Health",
@@ -29,6 +30,8 @@ __all__ = [
     "number",
     "numbers",
 ]
+
+NEXT: Any = Field(None, description="`cursor` of the next page; null on the last one.")
 
 NonFinite = Literal["NaN", "Infinity", "-Infinity"]
 Number = float | NonFinite | None
@@ -133,9 +136,10 @@ class RunDetail(RunBody):
 
 
 class RunList(_Body):
-    """All runs, the latest first."""
+    """A page of runs."""
 
     runs: list[RunBody]
+    next: str | None = NEXT
 
 
 class SeriesBody(_Body):

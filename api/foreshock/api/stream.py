@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -118,6 +120,7 @@ class EventStream:
         holds: Callable[[], bool] = _always,
         last_event_id: str | None = None,
         heartbeat: float = HEARTBEAT_SECONDS,
+        seconds: float = math.inf,
     ) -> AsyncIterator[str]:
         """Frames of a `text/event-stream` body, until `close`.
 
@@ -126,27 +129,33 @@ class EventStream:
             sees: Whether the reader may see a project.
             holds: Asked before every frame; the stream ends when the reader's right has.
             last_event_id: The id a client saw last; what came after it and is still held follows
-                first. An id that is no longer held gives an event `reset`.
+                first. What is missing is told by an event `reset`.
             heartbeat: Seconds of quiet until a comment is sent.
+            seconds: End after so long.
         """
         reader = _Reader(asyncio.get_running_loop(), asyncio.Event())
         with self._lock:
             self._readers.add(reader)
         try:
             place, lost = self._resume(last_event_id)
-            yield f"retry: {_RETRY_MILLISECONDS}\n\n" + (self._reset(place) if lost else "")
-            while not self._closed and holds():
+            # An id before any event, so that a reader that is cut off early knows where it was.
+            yield f"id: {self._epoch}-{place}\nretry: {_RETRY_MILLISECONDS}\n\n" + (
+                self._reset(place, {"reason": "restart"}) if lost else ""
+            )
+            end = time.monotonic() + seconds
+            while not self._closed and holds() and time.monotonic() < end:
                 reader.wake.clear()
-                events, lost = self._after(place)
-                if lost:
-                    yield self._reset(place)
+                events, missed = self._after(place)
+                if missed:
+                    place += missed
+                    yield self._reset(place, {"reason": "overrun", "missed": missed})
                 if events:
                     place = events[-1].number
                     wanted = (e for e in events if run_id in (None, e.run_id) and sees(e.project))
                     frames = [self._frame(event) for event in wanted]
                     if frames:
                         yield "".join(frames)
-                elif not await _awoken(reader.wake, heartbeat):
+                elif not await _awoken(reader.wake, min(heartbeat, end - time.monotonic())):
                     yield ": still here\n\n"
         finally:
             with self._lock:
@@ -161,18 +170,19 @@ class EventStream:
                 return self._last, True
             return int(number), False
 
-    def _after(self, place: int) -> tuple[list[StreamEvent], bool]:
+    def _after(self, place: int) -> tuple[list[StreamEvent], int]:
+        """Events after a place, and how many between them and it are not held any more."""
         with self._lock:
             oldest = self._last - len(self._events) + 1
             fresh = self._last - max(place, oldest - 1)
             events = list(self._events)[-fresh:] if fresh else []
-            return events, place < oldest - 1
+            return events, max(0, oldest - 1 - place)
 
     def _frame(self, event: StreamEvent) -> str:
         return f"id: {self._epoch}-{event.number}\nevent: {event.kind}\ndata: {event.data}\n\n"
 
-    def _reset(self, place: int) -> str:
-        return f"id: {self._epoch}-{place}\nevent: reset\ndata: {{}}\n\n"
+    def _reset(self, place: int, why: Mapping[str, object]) -> str:
+        return f"id: {self._epoch}-{place}\nevent: reset\ndata: {json.dumps(why)}\n\n"
 
 
 def _wake(readers: tuple[_Reader, ...]) -> None:

@@ -6,6 +6,7 @@ Counts in records, where the store counts in steps. Writes risk rows through and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow as pa
 from foreshock.api.store import Store, View
 from foreshock.monitor.record import SCHEMA
 
-__all__ = ["DIAGNOSIS_RECORDS", "RunRecords"]
+__all__ = ["DIAGNOSIS_RECORDS", "RunRecords", "steps_after"]
 
 DIAGNOSIS_RECORDS: Final = 256
 """Records that a diagnosis looks back over."""
@@ -80,3 +81,19 @@ class RunRecords:
     ) -> np.ndarray[Any, np.dtype[np.int64]]:
         steps = self._store.step_window(View(run_id, attempt, first, last))["step"].to_numpy()
         return np.asarray(steps, dtype=np.int64)
+
+
+def steps_after(store: Store, view: View, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The first `count` steps of a view that hold a record; never looks at many more."""
+    bounds = store.bounds(view)
+    if bounds is None:
+        return np.array([], np.int64)
+    first, end = bounds
+    span = count
+    while True:
+        last = min(first + span - 1, end)
+        window = replace(view, first_step=first, last_step=last)
+        steps = np.asarray(store.step_window(window)["step"].to_numpy(), dtype=np.int64)
+        if len(steps) >= count or last == end:
+            return steps[:count]
+        span *= _WIDEN

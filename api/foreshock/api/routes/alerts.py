@@ -16,9 +16,10 @@ from foreshock.api.access.scopes import READ, WRITE
 from foreshock.api.alert_log import Alert, UnknownAlert
 from foreshock.api.alert_text import alert_annotations, alert_labels, summary
 from foreshock.api.openapi import errors
+from foreshock.api.paging import PageDep, read_cursor, write_cursor
 from foreshock.api.problems import Problem
 from foreshock.api.routes.live_parts import Live, Number
-from foreshock.api.schemas import number
+from foreshock.api.schemas import NEXT, number
 from foreshock.api.services import ServicesDep, find_run
 from foreshock.monitor.record import RiskKind
 
@@ -74,6 +75,7 @@ class AlertList(BaseModel):
     """Alerts, newest first."""
 
     alerts: list[AlertModel]
+    next: str | None = NEXT
 
 
 class Feedback(BaseModel):
@@ -87,20 +89,30 @@ class Feedback(BaseModel):
 def list_alerts(
     live: Live,
     services: ServicesDep,
+    page: PageDep,
     *,
     run: Annotated[str | None, Query(description="Name or id of a run")] = None,
     project: Annotated[str, Query(description="Project of the run")] = "default",
     state: Annotated[
         Literal["pending", "firing", "resolved"] | None, Query(description="Only those.")
     ] = None,
-    limit: Annotated[int, Query(ge=1, le=1000, description="At most so many.")] = 100,
 ) -> AlertList:
-    """Alerts, newest first, of one run or of all."""
+    """Alerts, newest first, of one run or of all, a page at a time."""
     run_id = None if run is None else find_run(services, run, project).run_id
-    projects = services.principal.projects
-    found = live.log.find(run_id=run_id, state=state, limit=limit, projects=projects)
+    before = None if page.cursor is None else read_cursor(page.cursor, "alerts", int)[0]
+    found = live.log.find(
+        run_id=run_id,
+        state=state,
+        limit=page.limit + 1,
+        projects=services.principal.projects,
+        before=before,
+    )
+    more = len(found) > page.limit
+    found = found[: page.limit]
     delivered = live.log.delivered([alert.id for alert in found])
-    return AlertList(alerts=[_model(alert, delivered[alert.id]) for alert in found])
+    following = page.more(write_cursor("alerts", found[-1].id) if more else None)
+    models = [_model(alert, delivered[alert.id]) for alert in found]
+    return AlertList(alerts=models, next=following)
 
 
 @router.post("/alerts/{id}/feedback", dependencies=[WRITE])

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
 from foreshock.api.access.scopes import READ
+from foreshock.api.conditional import NOT_MODIFIED, QuestionDep
 from foreshock.api.routes.live_parts import Live, Number, WantedRun
 from foreshock.api.routes.parameters import AttemptNumber
 from foreshock.api.schemas import number
@@ -43,8 +44,10 @@ class DiagnosisAnswer(BaseModel):
     causes: list[CauseModel]
 
 
-@router.get("/runs/{run}/diagnosis", dependencies=[READ])
+@router.get("/runs/{run}/diagnosis", dependencies=[READ], responses=NOT_MODIFIED)
 def get_run_diagnosis(
+    response: Response,
+    question: QuestionDep,
     run: WantedRun,
     live: Live,
     step: Annotated[
@@ -58,6 +61,7 @@ def get_run_diagnosis(
     chosen = view_of(run, attempt, 0, 0).attempt or run.current.number
     newest = max(a.last_step or 0 for a in run.attempts if a.number == chosen)
     as_of = newest if step is None else step
+    response.headers.update(question.headers(run))
     causes = [
         CauseModel(
             name=cause.name,

@@ -1,107 +1,102 @@
-"""Read whole records back: Arrow, Parquet, CSV or JSON, whatever Accept asks for."""
+"""Read whole records back: Arrow, Parquet, CSV or JSON, all of them or a page at a time."""
 
 from __future__ import annotations
 
-import csv
-import io
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
-from typing import IO, Annotated, Any, Final
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Annotated, Final
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
 from foreshock.api.access.scopes import READ
 from foreshock.api.bodies import CSV, PARQUET, RECORDS_ANSWER
+from foreshock.api.conditional import NOT_MODIFIED, TableQuestionDep
 from foreshock.api.openapi import errors
-from foreshock.api.problems import Problem
+from foreshock.api.paging import Cursor, link_next, read_cursor, write_cursor
 from foreshock.api.routes.parameters import SelectionDep
 from foreshock.api.services import ServicesDep
 from foreshock.api.store import Store, View
 from foreshock.api.store_rows import widen
+from foreshock.api.tabular import csv_lines, csv_rows, write_arrow, write_parquet
+from foreshock.api.windows import steps_after
 from foreshock.api.wire import ARROW, JSON
-from foreshock.monitor.record import SCHEMA, encode_number, records_to_json, table_to_records
+from foreshock.monitor.record import SCHEMA, records_to_json, table_to_records
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["reading"])
-
-_PIECE: Final = 256 * 1024
 
 
 @router.get(
     "/runs/{run}/records",
     response_class=StreamingResponse,
     dependencies=[READ],
-    responses=errors(406, also={200: {"content": RECORDS_ANSWER}}),
+    responses=errors(406, also=NOT_MODIFIED | {200: {"content": RECORDS_ANSWER}}),
 )
 def get_run_records(
+    request: Request,
     chosen: SelectionDep,
     services: ServicesDep,
-    accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
+    question: TableQuestionDep,
+    limit: Annotated[
+        int | None, Query(ge=1, le=100_000, description="Most records; default: all, streamed.")
+    ] = None,
+    cursor: Cursor = None,
 ) -> StreamingResponse:
-    """Records by step, as stored. CSV holds the scalars only, one column each."""
-    media_type = _chosen(accept)
-    body = _WRITERS[media_type](services.store, chosen.view)
-    return StreamingResponse(body, media_type=media_type)
+    """Records by step, as stored. CSV holds the scalars only, one column each.
+
+    With `limit` the Link header names the next page, as does `next` in JSON.
+    """
+    media_type, headers = question.media_type, question.headers(chosen.run)
+    view, more = _page(services.store, chosen.view, limit, cursor)
+    body = _WRITERS[media_type](services.store, view)
+    if media_type == JSON and limit is not None:
+        body = _with_next(body, more)
+    answer = StreamingResponse(body, media_type=media_type, headers=headers)
+    link_next(request, answer, more)
+    return answer
 
 
-def _chosen(accept: str) -> str:
-    wanted = [part.split(";")[0].strip().lower() for part in accept.split(",")]
-    for name in wanted:
-        if name in _WRITERS:
-            return name
-        if name in ("*/*", "application/*", ""):
-            return JSON
-    raise Problem(406, f"records come as {', '.join(_WRITERS)}")
+def _page(
+    store: Store, view: View, limit: int | None, cursor: str | None
+) -> tuple[View, str | None]:
+    """The part of a view that a page shows, and the cursor of the next page."""
+    if cursor is not None:
+        (after,) = read_cursor(cursor, "records", int)
+        view = replace(view, first_step=max(view.first_step, after + 1))
+    if limit is None:
+        return view, None
+    steps = steps_after(store, view, limit + 1)
+    if len(steps) <= limit:
+        return view, None
+    last = int(steps[limit - 1])
+    return replace(view, last_step=last), write_cursor("records", last)
+
+
+def _with_next(body: Iterator[bytes], more: str | None) -> Iterator[bytes]:
+    """JSON of records with `next`, whose closing brace comes last."""
+    held = b""
+    for piece in body:
+        yield held
+        held = piece
+    tail = "null" if more is None else f'"{more}"'
+    yield held[:-1] + f',"next":{tail}}}'.encode()
 
 
 def _arrow(store: Store, view: View) -> Iterator[bytes]:
-    sink = _Sink()
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.ipc.new_stream(sink, SCHEMA, options=options) as writer:
-        for table in store.record_chunks(view):
-            writer.write_table(table)
-            yield sink.take()
-    yield sink.take()
+    return write_arrow(SCHEMA, store.record_chunks(view))
 
 
 def _parquet(store: Store, view: View) -> Iterator[bytes]:
-    with tempfile.TemporaryFile() as file:
-        with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
-            for table in store.record_chunks(view):
-                writer.write_table(table)
-        yield from _pieces(file)
-
-
-def _pieces(file: IO[bytes]) -> Iterator[bytes]:
-    file.seek(0)
-    while piece := file.read(_PIECE):
-        yield piece
+    return write_parquet(SCHEMA, store.record_chunks(view))
 
 
 def _csv(store: Store, view: View) -> Iterator[bytes]:
     names = store.scalar_names(view.run_id)
-    yield _csv_lines([["step", "time", *names]])
+    yield csv_lines([["step", "time", *names]])
     for steps, scalars in store.scalar_chunks(view):
-        columns = widen(steps, scalars, names).to_pydict().values()
-        yield _csv_lines([map(_csv_value, row) for row in zip(*columns, strict=True)])
-
-
-def _csv_lines(rows: Iterable[Iterable[object]]) -> bytes:
-    sink = io.StringIO()
-    csv.writer(sink, lineterminator="\n").writerows(rows)
-    return sink.getvalue().encode()
-
-
-def _csv_value(value: object) -> object:
-    """A cell: empty for not measured, non-finite numbers as in JSON."""
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return encode_number(value) if isinstance(value, float) else value
+        yield csv_rows(widen(steps, scalars, names))
 
 
 def _json(store: Store, view: View) -> Iterator[bytes]:
@@ -112,25 +107,6 @@ def _json(store: Store, view: View) -> Iterator[bytes]:
         yield between + whole[len(opening) : -len(b"]}")]
         between = b","
     yield opening + b"]}" if between == opening else b"]}"
-
-
-class _Sink(io.RawIOBase):
-    """Collects what a writer writes until it is taken."""
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._parts.append(bytes(data))
-        return len(data)
-
-    def take(self) -> bytes:
-        taken = b"".join(self._parts)
-        self._parts.clear()
-        return taken
 
 
 _WRITERS: Final[dict[str, Callable[[Store, View], Iterator[bytes]]]] = {

@@ -6,12 +6,17 @@ Reads what the live analysis found; scores nothing itself.
 from __future__ import annotations
 
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+import pyarrow as pa
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
 from foreshock.api.access.scopes import READ
+from foreshock.api.bodies import TABLE_ANSWER
+from foreshock.api.conditional import NOT_MODIFIED, TableQuestionDep
+from foreshock.api.openapi import errors
 from foreshock.api.registry import Run
 from foreshock.api.risks import risk_document, risk_history
 from foreshock.api.routes.live_parts import Live, Number, WantedRun
@@ -125,8 +130,14 @@ def _risk(step: int, rows: list[dict[str, Any]]) -> Risk:
     )
 
 
-@router.get("/runs/{run}/risk/history", dependencies=[READ])
+@router.get(
+    "/runs/{run}/risk/history",
+    response_model=RiskHistory,
+    responses=errors(406, also=NOT_MODIFIED | {200: {"content": TABLE_ANSWER}}),
+    dependencies=[READ],
+)
 def get_run_risk_history(
+    question: TableQuestionDep,
     run: WantedRun,
     services: ServicesDep,
     *,
@@ -134,8 +145,32 @@ def get_run_risk_history(
     last_step: LastStep = LAST_STEP,
     points: Annotated[int, Query(ge=2, le=10_000, description="At most so many steps")] = 1000,
     attempt: AttemptNumber = None,
-) -> RiskHistory:
-    """Risk by step, thinned so that peaks stay: of each stretch the step of the highest risk."""
+) -> Response:
+    """Risk by step, thinned so that peaks stay: of each stretch the step of the highest risk.
+
+    As a table: one row per step, the numbers of each horizon in columns of their own. With as
+    many `points` as steps in the range nothing is left out.
+    """
     view = view_of(run, attempt, first_step, last_step)
-    table = services.store.risk_history(view.run_id, view.attempt, first_step, last_step)
-    return RiskHistory(**risk_history(table, points))
+    holding = [a.number for a in run.attempts if a.last_step is not None]
+    # Risks are saved a little after the records that they answer, and only ever appended.
+    scored = [services.store.last_risk_step(run.run_id, number) for number in holding]
+    headers = question.headers(run, scored)
+    rows = services.store.risk_history(view.run_id, view.attempt, first_step, last_step)
+    body = RiskHistory(**risk_history(rows, points))
+    return question.answer(headers, body, partial(_table, body))
+
+
+def _table(body: RiskHistory) -> pa.Table:
+    parts = (("probability", body.probability), ("low", body.low), ("high", body.high))
+    numbers = {
+        f"{name}_{horizon}": pa.array(values, pa.float64())
+        for name, by_horizon in parts
+        for horizon, values in by_horizon.items()
+    }
+    words = {"state": body.state, "kind": body.kind}
+    return pa.table(
+        {"step": pa.array(body.step, pa.int64())}
+        | {name: pa.array(values, pa.string()) for name, values in words.items()}
+        | numbers
+    )

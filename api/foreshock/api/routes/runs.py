@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 
 from foreshock.api.access.scopes import READ, WRITE
 from foreshock.api.openapi import errors
+from foreshock.api.paging import PageDep
 from foreshock.api.problems import Problem
 from foreshock.api.registry import Attempt, LaunchConflict, LaunchRequest, Run
 from foreshock.api.routes.parameters import Project, RunName
+from foreshock.api.run_list import RunFilter, RunOrder, page_of
 from foreshock.api.schemas import (
     AttemptBody,
     LaunchAnswer,
@@ -70,15 +72,49 @@ def announce_launch(body: LaunchBody, services: ServicesDep, response: Response)
     return LaunchAnswer(run_id=run_id, attempt=attempt)
 
 
+class RunQuery:
+    """Filters and order of the list."""
+
+    def __init__(
+        self,
+        status: Annotated[
+            Literal["new", "live", "quiet"] | None, Query(description="Only those.")
+        ] = None,
+        state: Annotated[
+            Literal["ok", "pending", "firing", "resolved"] | None,
+            Query(description="Only runs whose alert is in this state."),
+        ] = None,
+        name: Annotated[
+            str | None, Query(max_length=128, description="Only names that begin so.")
+        ] = None,
+        order: Annotated[
+            RunOrder, Query(description="Newest, A to Z or riskiest first.")
+        ] = "last_heard",
+    ) -> None:
+        self.filter = RunFilter(status=status, state=state, prefix=name)
+        self.order = order
+
+
 @router.get("/runs", dependencies=[READ])
 def list_runs(
     services: ServicesDep,
-    project: Annotated[str | None, Query(description="Only this one.")] = None,
+    page: PageDep,
+    wanted: Annotated[RunQuery, Depends()],
+    project: Annotated[
+        str | None, Query(max_length=128, description="Only this project's; default: all.")
+    ] = None,
 ) -> RunList:
-    """All runs, the one heard of last first."""
-    runs = [r for r in services.registry.runs(project) if services.principal.sees(r.project)]
-    runs.sort(key=_heard, reverse=True)
-    return RunList(runs=[RunBody(**_summary(services, run)) for run in runs])
+    """Runs, a page at a time.
+
+    A page after the first starts after the last run of the page before. With `order` created or
+    name nothing is shown twice or missed, whatever comes in meanwhile; last_heard and risk are
+    rankings that change while they are read.
+    """
+    runs = [run for run in services.registry.runs(project) if services.principal.sees(run.project)]
+    found = [(run, _summary(services, run)) for run in runs]
+    rows = [row for row in found if wanted.filter.takes(row)]
+    shown, more = page_of(rows, wanted.order, page.limit, page.cursor)
+    return RunList(runs=[RunBody(**summary) for _, summary in shown], next=page.more(more))
 
 
 @router.get("/runs/{run}", dependencies=[READ])
@@ -98,10 +134,6 @@ def get_run(run: RunName, services: ServicesDep, project: Project = "default") -
         statistics=list(STATISTICS),
         history=[_attempt(item) for item in found.attempts],
     )
-
-
-def _heard(run: Run) -> datetime:
-    return max((a.last_received for a in run.attempts if a.last_received), default=run.created_at)
 
 
 def _summary(services: Services, run: Run) -> dict[str, Any]:

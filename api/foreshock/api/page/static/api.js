@@ -20,7 +20,7 @@ export const drawable = (value) => {
 async function send(path, options) {
   let response;
   try {
-    response = await fetch(path, { cache: "no-store", ...options, signal: AbortSignal.timeout(20000) });
+    response = await fetch(path, { cache: "no-cache", ...options, signal: AbortSignal.timeout(20000) });
   } catch (error) {
     throw new Gone(error.message);
   }

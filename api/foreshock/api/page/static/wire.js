@@ -39,7 +39,13 @@ function toRun(row) {
 
 /** Live runs first, then the youngest: an order that does not change with every record. */
 export async function runs() {
-  const rows = (await get("/runs")).runs.map(toRun);
+  const rows = [];
+  for (let cursor = null; ;) {
+    const page = await get("/runs", { order: "created", limit: 1000, cursor });
+    rows.push(...page.runs.map(toRun));
+    cursor = page.next;
+    if (!cursor) break;
+  }
   return rows.sort((a, b) => b.live - a.live || b.created.localeCompare(a.created) || a.name.localeCompare(b.name));
 }
 

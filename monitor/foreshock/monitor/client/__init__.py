@@ -1,0 +1,64 @@
+"""A typed client of the service: `from foreshock.monitor import Client`.
+
+Needs httpx, pyarrow and numpy, as all of `foreshock.monitor` does; frames need pandas.
+"""
+
+from foreshock.monitor.client.answers import (
+    Alert,
+    Attempt,
+    Cause,
+    Diagnosis,
+    Heatmap,
+    Launch,
+    Receipt,
+    RiskHistory,
+    RunDetail,
+    RunRisk,
+    RunSummary,
+    ServiceEvent,
+)
+from foreshock.monitor.client.client import Client
+from foreshock.monitor.client.errors import (
+    ClientError,
+    Conflict,
+    Forbidden,
+    InvalidRequest,
+    MissingPackage,
+    NoAnswer,
+    NotFound,
+    Problem,
+    RateLimited,
+    ServiceFailure,
+    TooLarge,
+    Unauthorized,
+)
+from foreshock.monitor.client.http import Retry
+
+__all__ = [
+    "Alert",
+    "Attempt",
+    "Cause",
+    "Client",
+    "ClientError",
+    "Conflict",
+    "Diagnosis",
+    "Forbidden",
+    "Heatmap",
+    "InvalidRequest",
+    "Launch",
+    "MissingPackage",
+    "NoAnswer",
+    "NotFound",
+    "Problem",
+    "RateLimited",
+    "Receipt",
+    "Retry",
+    "RiskHistory",
+    "RunDetail",
+    "RunRisk",
+    "RunSummary",
+    "ServiceEvent",
+    "ServiceFailure",
+    "TooLarge",
+    "Unauthorized",
+]

@@ -1,0 +1,136 @@
+"""`foreshock.monitor.Client` against a real service: every operation, and the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from docs.openapi import document
+
+from foreshock.monitor import Client
+from foreshock.monitor.client import ClientError, InvalidRequest, NotFound
+from foreshock.monitor.record import records_to_table, table_to_records
+from tests.api.live_helpers import record, wait_until
+from tests.api.service import Service, new_launch
+
+STEPS = 40
+LAYER = "blocks.1.mlp.down"
+
+
+def test_no_operation_is_without_a_method() -> None:
+    """A new operation of the service needs a method of the client."""
+    described = {
+        operation["operationId"]
+        for path in json.loads(document())["paths"].values()
+        for operation in path.values()
+    }
+    methods = (getattr(Client, name) for name in dir(Client) if not name.startswith("_"))
+    called = {method.operation for method in methods if hasattr(method, "operation")}
+    assert described <= called
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A service that was fed by the client alone: healthy, then without a loss."""
+    service = Service(tmp_path_factory.mktemp("client"))
+    service.start()
+    with Client(service.url, project="lab") as made:
+        launch = new_launch()
+        began = made.announce("llama", launch, config={"depth": 4}, layers=[LAYER], world_size=2)
+        assert made.announce("llama", launch) == began
+        healthy = [record(step, 4.0 - 0.02 * step, kurtosis=3.0) for step in range(STEPS)]
+        receipt = made.put_batch("llama", f"{launch}-0-0", healthy)
+        assert (receipt.duplicate, receipt.attempts, receipt.records) == (False, (1,), STEPS)
+        assert made.put_batch("llama", f"{launch}-0-0", healthy).duplicate
+        lost = records_to_table([record(STEPS + n, math.nan) for n in range(3)])
+        made.put_batch(began.run_id, f"{launch}-0-1", lost)
+        wait_until(lambda: made.risk("llama").step == STEPS + 2, 60)
+        yield made
+    assert service.stop() == 0, service.log
+
+
+def test_runs(client: Client) -> None:
+    (summary,) = client.runs(project="lab")
+    assert (summary.run, summary.last_step, summary.state) == ("llama", STEPS + 2, "firing")
+    assert math.isnan(summary.loss or 0.0)
+    assert client.runs(name="other") == []
+    detail = client.run("llama")
+    assert (detail.config, detail.world_size, detail.layers[0]) == ({"depth": 4}, 2, LAYER)
+    assert [attempt.last_step for attempt in detail.history] == [STEPS + 2]
+    with pytest.raises(NotFound, match="no run 'absent'"):
+        client.run("absent")
+
+
+def test_series_and_heatmap(client: Client) -> None:
+    loss = client.series("llama", "loss")
+    assert isinstance(loss, pd.DataFrame)
+    assert list(loss.columns) == ["min", "mean", "max", "nonfinite"]
+    assert loss.index.tolist() == list(range(STEPS + 3))
+    assert loss["mean"][10] == pytest.approx(3.8)
+    assert loss["mean"][STEPS:].isna().all()
+    assert client.series_table("llama", "loss").num_rows == len(loss)
+    kurtosis = client.series("llama", layer=LAYER, statistic="kurtosis", last_step=9)
+    assert kurtosis["max"].tolist() == [4.0] * 10
+    with pytest.raises(InvalidRequest, match="statistic"):
+        client.series("llama", layer=LAYER, statistic="amux")
+    heatmap = client.heatmap("llama", "kurtosis")
+    assert heatmap.layers[0] == LAYER
+    assert heatmap.values.shape == (len(heatmap.layers), len(heatmap.steps))
+    assert heatmap.frame().loc[LAYER, 5] == 4.0
+
+
+def test_records_are_those_that_were_put(client: Client, tmp_path: Path) -> None:
+    table = client.records("llama")
+    found = table_to_records(table)
+    assert [r.step for r in found] == list(range(STEPS + 3))
+    assert found[3].scalars["loss"] == pytest.approx(3.94)
+    assert client.records("llama", first_step=5, limit=2)["step"].to_pylist() == [5, 6]
+    size = client.save_records("llama", tmp_path / "llama.parquet")
+    assert (tmp_path / "llama.parquet").stat().st_size == size
+    assert pq.read_table(tmp_path / "llama.parquet")["step"].equals(table["step"])
+    with pytest.raises(ClientError, match="parquet"):
+        client.save_records("llama", tmp_path / "llama.docx")
+    with pytest.raises(NotFound):
+        client.save_records("absent", tmp_path / "absent.csv")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llama.parquet"]
+
+
+def test_risk(client: Client) -> None:
+    risk = client.risk("llama")
+    assert (risk.state, risk.kind, risk.attempt) == ("firing", "detection", 1)
+    assert set(risk.probability) == {10, 100, 1000}
+    assert all(p is not None or risk.reasons[h] for h, p in risk.probability.items())
+    wait_until(lambda: len(client.risk_history("llama").step) == STEPS + 3)
+    history = client.risk_history("llama")
+    assert history.state[-1] == "firing"
+    frame = history.frame()
+    assert frame.index[-1] == STEPS + 2
+    np.testing.assert_array_equal(frame["probability_100"], history.probability[100])
+    again = client.forecast(table_to_records(client.records("llama")))
+    assert [answer.state for answer in again] == list(history.state)
+    diagnosis = client.diagnosis("llama")
+    assert diagnosis.step == STEPS + 2
+    assert diagnosis.causes[0].remedy
+
+
+def test_alerts_and_events(client: Client) -> None:
+    (alert,) = client.alerts("llama", state="firing")
+    assert (alert.kind, alert.fired_step) == ("detection", STEPS)
+    judged = client.feedback(alert.id, correct=True, note="it was")
+    assert (judged.correct, judged.note) == (True, "it was")
+    assert client.alerts(limit=1) == [judged]
+    (first, *_) = client.run_events("llama", last_event_id="0-0", seconds=1)
+    assert (first.kind, first.data) == ("reset", {"reason": "restart"})
+    assert list(client.events(seconds=0.2)) == []
+
+
+def test_the_service_itself(client: Client) -> None:
+    assert client.healthy()
+    assert client.ready()
+    assert "foreshock_step" in client.metrics()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 if TYPE_CHECKING:
-    import httpx
+    from foreshock.monitor.client import Client
 
 __all__ = ["DEFAULT_URL", "Project", "Token", "Url", "register"]
 
@@ -94,14 +94,13 @@ def export(
         query["attempt"] = attempt
     try:
         size = fetch_records(_client(url, token), run, target, query)
-    except (TransferError, OSError) as error:
+    except (TransferError, OSError, ValueError) as error:
         typer.echo(f"foreshock export: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"{target}: {size} bytes")
 
 
-def _client(url: str, token: str | None) -> httpx.Client:
-    import httpx
+def _client(url: str, token: str | None) -> Client:
+    from foreshock.monitor.client import Client
 
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return httpx.Client(base_url=f"{url.rstrip('/')}/api/v1/", headers=headers, timeout=120)
+    return Client(url, token=token, timeout=120)

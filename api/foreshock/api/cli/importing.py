@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
 import pyarrow as pa
 
 from foreshock.api.cli.importers import Imported, ImportedRun, ImportProblem, Report, read_logs
@@ -28,6 +27,7 @@ from foreshock.api.cli.transfer import (
     send_spool,
     send_table,
 )
+from foreshock.monitor.client import Client
 from foreshock.monitor.record import records_to_table, write_stream
 
 __all__ = ["Destination", "Reading", "Summary", "import_source", "one_run", "run_name"]
@@ -87,11 +87,9 @@ class Destination:
     url: str | None = None
     token: str | None = None
 
-    def client(self) -> httpx.Client:
-        """A client of the service's API."""
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        address = f"{str(self.url).rstrip('/')}/api/v1/"
-        return httpx.Client(base_url=address, headers=headers, timeout=120)
+    def client(self) -> Client:
+        """A client of the service."""
+        return Client(self.url, token=self.token, project=self.project, timeout=120)
 
 
 @dataclass(slots=True)
@@ -223,11 +221,11 @@ def _announcement(to: Destination, run: str, number: int, table: pa.Table) -> di
     return {"project": to.project, "run": run, "launch_id": launch}
 
 
-def _connected(to: Destination) -> AbstractContextManager[httpx.Client | None]:
+def _connected(to: Destination) -> AbstractContextManager[Client | None]:
     return nullcontext() if to.url is None else to.client()
 
 
-def _sent(table: pa.Table, announcement: Mapping[str, object], client: httpx.Client | None) -> Sent:
+def _sent(table: pa.Table, announcement: Mapping[str, object], client: Client | None) -> Sent:
     return Sent(0, 0) if client is None else send_table(table, announcement, client)
 
 

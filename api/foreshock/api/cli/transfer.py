@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import Progress
 
+from foreshock.monitor.client import Client, ClientError
 from foreshock.monitor.record import (
     RecordError,
     conform,
     json_to_table,
     read_stream,
     validate,
-    write_stream,
 )
 from foreshock.monitor.shipping import Service, ship_leftovers
 
@@ -38,17 +37,9 @@ __all__ = [
     "send_table",
 ]
 
-_ARROW: Final = "application/vnd.apache.arrow.stream"
-_MEDIA_TYPES: Final = {
-    ".parquet": "application/vnd.apache.parquet",
-    ".arrow": _ARROW,
-    ".csv": "text/csv",
-    ".json": "application/json",
-}
 _ARROW_SUFFIXES: Final = (".arrow", ".arrows")
 _PARQUET_MAGIC: Final = b"PAR1"
 _BATCH_RECORDS: Final = 64
-_TRIES: Final = 8
 _NAMESPACE: Final = uuid.UUID("6f2d2c1e-6a0f-4d0b-9a7c-0d6f3a3c5b11")
 
 
@@ -156,7 +147,7 @@ def launch_of(project: str, run: str, contents: str) -> str:
     return str(uuid.uuid5(_NAMESPACE, f"{project}/{run}/{contents}"))
 
 
-def send_table(table: pa.Table, announcement: Mapping[str, object], client: httpx.Client) -> Sent:
+def send_table(table: pa.Table, announcement: Mapping[str, object], client: Client) -> Sent:
     """Send records as one launch.
 
     Args:
@@ -167,63 +158,33 @@ def send_table(table: pa.Table, announcement: Mapping[str, object], client: http
     Raises:
         TransferError: The service does not answer or says no.
     """
-    body = {**announcement, "first_step": table["step"][0].as_py()}
-    run_id = _answered(client, "POST", "runs", json=body).json()["run_id"]
-    launch = announcement["launch_id"]
+    members: dict[str, Any] = {**announcement, "first_step": table["step"][0].as_py()}
+    launch = str(members["launch_id"])
     repeats = 0
-    with _progress() as progress:
-        firsts = range(0, table.num_rows, _BATCH_RECORDS)
-        for sequence, first in enumerate(progress.track(firsts, description="batches")):
-            # Not compressed: the same records give the same bytes on every machine.
-            batch = write_stream(table.slice(first, _BATCH_RECORDS), compression=None)
-            address = f"runs/{run_id}/batches/{launch}-0-{sequence}"
-            headers = {"Content-Type": _ARROW}
-            answer = _answered(client, "PUT", address, content=batch, headers=headers)
-            repeats += answer.json()["duplicate"]
+    with _told():
+        run_id = client.announce(**members).run_id
+        with _progress() as progress:
+            firsts = range(0, table.num_rows, _BATCH_RECORDS)
+            for sequence, first in enumerate(progress.track(firsts, description="batches")):
+                batch = table.slice(first, _BATCH_RECORDS)
+                repeats += client.put_batch(run_id, f"{launch}-0-{sequence}", batch).duplicate
     return Sent(len(firsts), repeats)
+
+
+@contextmanager
+def _told() -> Generator[None]:
+    """Turn what a client raises into one line."""
+    try:
+        yield
+    except ClientError as error:
+        raise TransferError(str(error)) from None
 
 
 def _progress() -> Progress:
     return Progress(console=Console(stderr=True))
 
 
-def _answered(
-    client: httpx.Client,
-    method: str,
-    address: str,
-    *,
-    json: Mapping[str, object] | None = None,
-    content: bytes | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> httpx.Response:
-    """Ask until the service is not too busy.
-
-    Raises:
-        TransferError: It does not answer, or says no.
-    """
-    for attempt in range(_TRIES):
-        try:
-            response = client.request(method, address, json=json, content=content, headers=headers)
-        except httpx.TransportError as error:
-            raise TransferError(f"{client.base_url} does not answer: {error}") from None
-        if response.status_code != 503:
-            break
-        time.sleep(0.1 * 2**attempt)
-    if not response.is_success:
-        raise TransferError(_reason(response))
-    return response
-
-
-def _reason(response: httpx.Response) -> str:
-    try:
-        return f"{response.status_code}: {response.json()['detail']}"
-    except (ValueError, KeyError, TypeError):
-        return f"{response.status_code}: {response.text[:200]}"
-
-
-def fetch_records(
-    client: httpx.Client, run: str, target: Path, query: Mapping[str, str | int]
-) -> int:
+def fetch_records(client: Client, run: str, target: Path, query: Mapping[str, str | int]) -> int:
     """Write the records of a run to a file, which is there whole or not at all.
 
     Returns:
@@ -232,40 +193,15 @@ def fetch_records(
     Raises:
         TransferError: The suffix is unknown, or the service does not answer or says no.
     """
-    media_type = _MEDIA_TYPES.get(target.suffix)
-    if media_type is None:
-        raise TransferError(f"{target} is none of: {', '.join(_MEDIA_TYPES)}")
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with client, partial.open("wb") as file:
-            for piece in _streamed(client, run, media_type, query):
-                file.write(piece)
-        size = partial.stat().st_size
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return size
+    with client, _told():
+        return client.save_records(run, target, **query)
 
 
-def fetch_table(client: httpx.Client, run: str, query: Mapping[str, str | int]) -> pa.Table:
+def fetch_table(client: Client, run: str, query: Mapping[str, str | int]) -> pa.Table:
     """The records of a run, conformed and validated.
 
     Raises:
         TransferError: The service does not answer or says no.
     """
-    return read_stream(b"".join(_streamed(client, run, _ARROW, query)))
-
-
-def _streamed(
-    client: httpx.Client, run: str, media_type: str, query: Mapping[str, str | int]
-) -> Iterator[bytes]:
-    address = f"runs/{run}/records"
-    headers = {"Accept": media_type}
-    try:
-        with client.stream("GET", address, params=dict(query), headers=headers) as response:
-            if not response.is_success:
-                response.read()
-                raise TransferError(_reason(response))
-            yield from response.iter_bytes()
-    except httpx.TransportError as error:
-        raise TransferError(f"{client.base_url} does not answer: {error}") from None
+    with _told():
+        return validate(conform(client.records(run, **query)))

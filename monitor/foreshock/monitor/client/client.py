@@ -152,10 +152,10 @@ class Client(AccessCalls):
             first_step: Where it starts.
             config: Shown to people, never analysed.
             layers: In model order.
-            members: parent_launch, tokens_per_step, world_size.
+            members: project, parent_launch, tokens_per_step, world_size.
         """
         given: dict[str, Any] = {"project": self.project, "run": run, "launch_id": launch_id}
-        given |= {"first_step": first_step, "layers": list(layers), "config": config, **members}
+        given |= {"first_step": first_step, "layers": list(layers), "config": config} | members
         body = {name: value for name, value in given.items() if value is not None}
         return Launch(**self._http.ask("POST", "api/v1/runs", json=body).json())
 

@@ -28,14 +28,18 @@ OPERATIONS = {
 # or a cursor, or which layers a run has.
 UNCHECKED: list[Any] = [positive_data_acceptance]
 RUN = "llama-1b"
+TOKEN = "a-token-for-schemathesis"
 
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service that has the run of the examples, so that some questions meet something."""
-    service = Service(tmp_path_factory.mktemp("schemathesis"))
+    service = Service(
+        tmp_path_factory.mktemp("schemathesis"),
+        environment={"FORESHOCK_TOKEN": TOKEN, "FORESHOCK_TOKEN_REQUESTS": "0"},
+    )
     service.start()
-    with service.client() as client:
+    with service.client(TOKEN) as client:
         launch = new_launch()
         run_id = post_run(client, RUN, launch)["run_id"]
         assert put_records(client, run_id, launch, 0, make_records(0, 20)).is_success
@@ -58,7 +62,12 @@ def tried(service: Service, name: str, mode: GenerationMode, examples: int) -> N
     def one(case: schemathesis.Case[Any]) -> None:
         if name in ("stream_events", "stream_run_events"):
             case.query = {**(case.query or {}), "seconds": 0.05}
-        case.call_and_validate(base_url=service.url, excluded_checks=UNCHECKED, timeout=30)
+        case.call_and_validate(
+            base_url=service.url,
+            headers={"Authorization": f"Bearer {TOKEN}"},
+            excluded_checks=UNCHECKED,
+            timeout=30,
+        )
 
     one()
 

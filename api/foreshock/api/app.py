@@ -19,6 +19,7 @@ from foreshock.api.access.scopes import DECLARED
 from foreshock.api.database import DATABASE_LOST
 from foreshock.api.guard import Guard
 from foreshock.api.ingest import Ingest
+from foreshock.api.intake import Intake, IntakeLimits
 from foreshock.api.ledger import Ledger
 from foreshock.api.registry import Registry
 from foreshock.api.routes import (
@@ -108,6 +109,12 @@ def create_app(settings: Settings, *, live: LiveFactory | None = None) -> FastAP
     app.add_exception_handler(StoreError, _on_store_error)
     for lost in DATABASE_LOST:
         app.add_exception_handler(lost, _on_database_error)
+    intake = IntakeLimits(
+        seconds=settings.body_seconds,
+        bytes_per_second=settings.body_bytes_rate,
+        held_bytes=settings.receiving_bytes,
+    )
+    app.add_middleware(Intake, limits=intake)
     app.add_middleware(Guard, settings=settings)
     return app
 

@@ -74,6 +74,12 @@ class Settings:
         live_queue_batches: Batches waiting for live analysis before it re-reads from the store.
         analysis_workers: Processes that score live runs; 0 scores in the service's own, -1 takes
             half of the cores.
+        max_connections: Open connections; more are closed at once.
+        head_seconds: Longest wait for the head of a request, and for a client that reads nothing of
+            its answer, three times as long.
+        body_seconds: Time that any body may take to come, besides its bytes at `body_bytes_rate`.
+        body_bytes_rate: Bytes a second that a body must come with.
+        receiving_bytes: Bodies of all requests under way; above it new ones get 503.
         alert_urls: apprise addresses that get alerts.
         alertmanager_urls: Alertmanager base addresses.
 
@@ -109,6 +115,11 @@ class Settings:
     query_clients: int = 4
     live_queue_batches: int = 1024
     analysis_workers: int = -1
+    max_connections: int = 1024
+    head_seconds: int = 20
+    body_seconds: int = 30
+    body_bytes_rate: int = 16 * 1024
+    receiving_bytes: int = 512 * _MEBIBYTE
     alert_urls: tuple[str, ...] = field(default=(), repr=False)
     alertmanager_urls: tuple[str, ...] = field(default=(), repr=False)
 
@@ -186,6 +197,11 @@ _POSITIVE: Final = (
     "query_clients",
     "live_queue_batches",
     "session_hours",
+    "max_connections",
+    "head_seconds",
+    "body_seconds",
+    "body_bytes_rate",
+    "receiving_bytes",
 )
 _NOT_NEGATIVE: Final = ("retention_days", "token_requests", "token_bytes", "audit_days")
 _TRUTH: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}

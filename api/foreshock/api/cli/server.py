@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from foreshock.api.access.admission import Access, check_reach
 from foreshock.api.app import create_app
+from foreshock.api.cli.connections import ConnectionLimits, bounded_protocol
 from foreshock.api.live_service import LiveService
 from foreshock.api.registry import Registry
 from foreshock.api.settings import Settings, is_loopback
@@ -83,8 +84,14 @@ def run(settings: Settings, listener: socket.socket, port_file: Path | None) -> 
         The exit code: 0, or 1 if the service did not start.
     """
     app = create_app(settings, live=LiveService)
+    limits = ConnectionLimits(
+        connections=settings.max_connections,
+        head_seconds=settings.head_seconds,
+        stall_seconds=3 * settings.head_seconds,
+    )
     config = uvicorn.Config(
         app,
+        http=bounded_protocol(limits),
         lifespan="on",
         log_level="warning",
         access_log=False,

@@ -56,6 +56,10 @@ class Service:
     def log(self) -> str:
         return (self._folder / "log").read_text(errors="replace")
 
+    def resident_bytes(self) -> int:
+        pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
     def start(self) -> None:
         port_file = self._folder / "port"
         port_file.unlink(missing_ok=True)

@@ -106,6 +106,27 @@ def test_a_dictionary_that_expands_is_refused() -> None:
         read_guarded(body, 8 * LIMIT)
 
 
+def test_rows_that_would_be_given_every_column_are_refused() -> None:
+    """A few hundred bytes of nulls that would become gigabytes of a record's columns."""
+    count = 30_000_000
+    struct = pa.StructArray.from_arrays([pa.nulls(count)], ["layer"])
+    tensors = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), struct)
+    wide = pa.table({"step": [1], "tensors": tensors})
+    for table in (wide, pa.table({"step": pa.nulls(count)})):
+        body = write_stream(table)
+        assert len(body) < 1000
+        with pytest.raises(BodyTooLarge, match="send fewer"):
+            read_batch(body, ARROW, BodyLimits(arrow=2**28, json=LIMIT))
+
+
+def test_lists_behind_a_dictionary_are_refused() -> None:
+    few = pa.array([[{"layer": "a"}] * 1000])
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 1000), few)
+    body = write_stream(pa.table({"step": range(1000), "tensors": column}))
+    with pytest.raises(RecordError, match="not taken"):
+        read_batch(body, ARROW, LIMITS)
+
+
 def test_offsets_that_lie_are_refused() -> None:
     honest = pa.array([[0] * 12_345])
     body = write_stream(pa.table({"tensors": honest}), compression=None)

@@ -176,6 +176,9 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _check_dictionary(array: pa.DictionaryArray, limit: int) -> None:
+    if pa.types.is_nested(array.type.value_type) or pa.types.is_dictionary(array.type.value_type):
+        # One list of millions, pointed at a thousand times.
+        raise pa.ArrowInvalid(f"columns of type {array.type} are not taken")
     if not _is_text(array.type.value_type):
         _check(array.dictionary, limit)
         return

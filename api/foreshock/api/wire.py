@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import zstandard
 
 from foreshock.api.arrowguard import BodyTooLarge, read_guarded
-from foreshock.monitor.record import RecordError, conform, json_to_table, validate
+from foreshock.monitor.record import SCHEMA, RecordError, conform, json_to_table, validate
 
 __all__ = [
     "ARROW",
@@ -148,11 +148,50 @@ def read_batch(body: bytes, media_type: str, limits: BodyLimits) -> pa.Table:
             raise BodyTooLarge(f"JSON of more than {limits.json} bytes; send Arrow instead")
         table = json_to_table(body)
     else:
-        table = validate(conform(read_guarded(body, limits.arrow)))
+        foreign = read_guarded(body, limits.arrow)
+        _check_width(foreign, limits.arrow)
+        table = validate(conform(foreign))
     if table.num_rows == 0:
         raise RecordError("the batch holds no record")
     _check_times(table)
     return table
+
+
+def _check_width(foreign: pa.Table, limit: int) -> None:
+    """Refuse rows that come without columns, or with nulls for them, and would be given all.
+
+    Raises:
+        BodyTooLarge: The table would pass the limit once it has every column of `SCHEMA`.
+    """
+    size = foreign.num_rows * sum(_width(field.type) for field in SCHEMA)
+    for name in ("scalars", "events", "tensors"):
+        if name not in foreign.column_names:
+            continue
+        entry = _entry(SCHEMA.field(name).type)
+        counts = (len(_values(chunk)) for chunk in foreign[name].chunks)
+        size += sum(counts) * _width(entry)
+    if size > limit:
+        raise BodyTooLarge(f"the records would take more than {limit} bytes; send fewer at a time")
+
+
+def _entry(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return kind.value_type
+    return pa.struct([kind.key_field, kind.item_field])
+
+
+def _values(chunk: pa.Array) -> pa.Array:
+    lists = pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)
+    if pa.types.is_map(chunk.type):
+        return chunk.keys
+    return chunk.values if lists else chunk.slice(0, 0)
+
+
+def _width(kind: pa.DataType) -> int:
+    """Bytes that an entry takes at least, whatever it holds."""
+    if pa.types.is_struct(kind):
+        return sum(_width(field.type) for field in kind)
+    return kind.bit_width // 8 if pa.types.is_primitive(kind) else 4
 
 
 def _check_times(table: pa.Table) -> None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from foreshock.monitor.budget import Budget, Plan, PlanBook
 from foreshock.monitor.forensics import NonfiniteWatch
 from foreshock.monitor.guard import Guard
+from foreshock.monitor.rank_reports import Reporter
 from foreshock.monitor.ranks import Ranks, RanksLost
 from foreshock.monitor.record import (
     FIELD_REDUCTIONS,
@@ -47,6 +48,7 @@ class Assembler:
         shares: By parameter name, how many processes hold the same piece.
         plans: When tensors are measured, for all processes alike.
         budget: Changes the plans; None leaves the first one in force.
+        reporter: Tells a relay about every step of this process; None tells nobody.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Assembler:
         shares: Mapping[str, float | None] | None = None,
         plans: PlanBook | None = None,
         budget: Budget | None = None,
+        reporter: Reporter | None = None,
     ) -> None:
+        self._reporter = reporter
         self._order = {name: position for position, name in enumerate(layers)}
         self._rank = rank
         self._ranks = ranks
@@ -102,6 +106,8 @@ class Assembler:
             table,
             broken=bool(found),
         )
+        if self._reporter is not None:
+            self._reporter.take(step, (*snapshot.events, *events, *found))
         # Not what this process measured, but what all of them were to measure.
         planned = snapshot.measured
         if self._ranks is not None:

@@ -66,6 +66,12 @@ class Ranks:
         dist.all_gather_object(of_all, names, group=self._group)
         return tuple(dict.fromkeys(name for names in of_all for name in names))
 
+    def agreed(self, value: str) -> str:
+        """What rank 0 said, on all ranks."""
+        of_all: list[Any] = [None] * self.size
+        dist.all_gather_object(of_all, value, group=self._group)
+        return str(of_all[0])
+
     def merge(self, step: RankStep, shares: Mapping[str, float | None], *, tensors: bool) -> Merged:
         """The step of all processes; in the worker thread, by every process at every step.
 

@@ -21,9 +21,14 @@ __all__ = [
     "GradientNorms",
     "OptimizerTensors",
     "Parameters",
+    "Value",
     "find_loss",
+    "learning_rate",
     "mean",
+    "one_value",
 ]
+
+Value = torch.Tensor | float
 
 SAMPLED_ELEMENTS: Final = 4096
 """At most this many elements of each parameter stand for it in `update_ratio`."""
@@ -50,6 +55,16 @@ def find_loss(output: object) -> torch.Tensor | None:
     return next(losses, None)
 
 
+def learning_rate(optimizer: torch.optim.Optimizer) -> Value | None:
+    """The largest over the parameter groups; a tensor is not waited for."""
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    if not rates:
+        return None
+    if isinstance(rates[0], torch.Tensor):
+        return one_value("learning_rate", rates[0])
+    return max(float(rate) for rate in rates)
+
+
 def mean(values: Sequence[torch.Tensor | float]) -> torch.Tensor | float:
     """Mean of 0-dim tensors, or of numbers.
 
@@ -64,6 +79,23 @@ def mean(values: Sequence[torch.Tensor | float]) -> torch.Tensor | float:
         for value in values
     ]
     return torch.stack(parts).mean()
+
+
+def one_value(name: str, value: torch.Tensor | float) -> Value:
+    """A value to log; a tensor on a device is copied and not waited for.
+
+    Raises:
+        ValueError: It is a tensor of more or fewer than one element.
+    """
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value.numel() != 1:
+        raise ValueError(
+            f"log({name}=...) got a tensor of shape {tuple(value.shape)}, not one value"
+        )
+    if value.device.type == "cpu":
+        return float(value.detach())
+    return value.detach().reshape(()).to(torch.float64, copy=True)
 
 
 class GradientNorms:

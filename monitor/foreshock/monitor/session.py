@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -29,15 +30,28 @@ from foreshock.monitor.guard import Guard
 from foreshock.monitor.hooks import ModelHooks, find_layers, unwrapped
 from foreshock.monitor.layers import Adapter
 from foreshock.monitor.placement import local_of, replicas
+from foreshock.monitor.rank_reports import Reporter
 from foreshock.monitor.ranks import Ranks
 from foreshock.monitor.record import Event
 from foreshock.monitor.sampling import Cadence
-from foreshock.monitor.scalars import GradientNorms, OptimizerTensors, Parameters
-from foreshock.monitor.settings import WatchSettings, default_spool, default_url
+from foreshock.monitor.scalars import (
+    GradientNorms,
+    OptimizerTensors,
+    Parameters,
+    Value,
+    learning_rate,
+    one_value,
+)
+from foreshock.monitor.settings import (
+    WatchSettings,
+    default_collect,
+    default_spool,
+    default_url,
+)
 from foreshock.monitor.shipping import Service, Shipper
 from foreshock.monitor.sinks import Sink
 from foreshock.monitor.spool import Spool
-from foreshock.monitor.steps import Step, Value, one_value, snapshot_of
+from foreshock.monitor.steps import Step, snapshot_of
 from foreshock.monitor.whatif import known_formats, what_if_rows
 from foreshock.monitor.worker import Worker
 
@@ -55,6 +69,7 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
     run: str,
     project: str = "default",
     url: str | None = None,
+    collect: str | None = None,
     spool: Path | str | None = None,
     tensor_every: int = 10,
     include: str | None = None,
@@ -82,6 +97,8 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
         project: Group of runs.
         url: Service; None takes FORESHOCK_URL (token from FORESHOCK_TOKEN), and if that is unset
             records stay in the spool for `foreshock import`.
+        collect: Relay (`foreshock collect`) to which every rank reports and which gets the records
+            instead of the service; None takes FORESHOCK_COLLECT.
         spool: Folder; None takes FORESHOCK_SPOOL, else ./foreshock-spool.
         tensor_every: Tensors are measured at every n-th step, scalars at every step.
         include: Regular expression over layer names; None takes all.
@@ -106,6 +123,7 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
         run=run,
         project=project,
         url=url or default_url(),
+        collect=collect or default_collect(),
         token=os.environ.get("FORESHOCK_TOKEN") or None,
         spool=Path(spool) if spool is not None else default_spool(),
         cadence=Cadence(tensor_every),
@@ -158,6 +176,8 @@ class Watch:
         # Started by a launcher, but not joined to the others: each process trains for itself.
         self._active = self._rank == 0 or group is not None
         self.layers = tuple(layers) if group is None else group.union(tuple(layers))
+        if group is not None:
+            self.settings = replace(settings, launch_id=group.agreed(settings.launch_id))
         if self._active:
             self._open_ways_out(group, world_size, names)
             self._attach(optimizer, layers, names)
@@ -169,11 +189,13 @@ class Watch:
         settings = self.settings
         self._spool = self._shipper = None
         if settings.spool is not None and self._rank == 0:
-            service = Service(settings.url, token=settings.token) if settings.url else None
+            target = settings.target
+            service = Service(target, token=settings.token) if target else None
             registration = settings.registration(self.layers, world_size=world_size)
             self._spool = Spool(settings.spool, registration, max_bytes=settings.max_spool_bytes)
             if service is not None:
                 self._shipper = Shipper(service, self._spool.outbox, root=settings.spool)
+        self._reporter = Reporter.of(settings, self._rank, self.device, lambda: self.errors)
         shares = {name: replicas(parameter) for parameter, name in names.items()}
         self._assembler = Assembler(
             self.layers,
@@ -182,13 +204,14 @@ class Watch:
             shares=shares,
             plans=self._plans,
             budget=Budget(settings.budget, Plan(settings.cadence)) if settings.budget else None,
+            reporter=self._reporter,
         )
         self._worker = Worker(
             self._assembler,
             spool=self._spool,
             sinks=settings.sinks if self._rank == 0 else (),
             guards=(self._guard, self._assembler.guard),
-            on_sealed=self._shipper.notify if self._shipper else _nothing,
+            on_sealed=self._shipper.notify if self._shipper else lambda: None,
             # The others wait for this process's part of every step.
             keeps_place=group is not None,
         )
@@ -312,7 +335,7 @@ class Watch:
             done = self._shipper.close(timeout) and done
         if self._spool is not None and done:
             self._spool.close()
-        return done
+        return done if self._reporter is None else self._reporter.close(timeout) and done
 
     def __enter__(self) -> Self:
         return self
@@ -372,7 +395,7 @@ class Watch:
         if self._capturing():
             return
         with self._guard:
-            self._rate = _learning_rate(optimizer)
+            self._rate = learning_rate(optimizer)
             self._parameters.before_step()
             if self._states is not None and self._step.measured:
                 self._states.gradients(self._collector)
@@ -475,17 +498,3 @@ def _what_if(formats: Sequence[str]) -> WhatIf | None:
 
 def _count(model: nn.Module) -> int:
     return sum(1 for _ in model.modules())
-
-
-def _nothing() -> None:
-    """Without a service, a sealed batch interests nobody."""
-
-
-def _learning_rate(optimizer: torch.optim.Optimizer) -> Value | None:
-    """The largest over the parameter groups; a tensor is not waited for."""
-    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    if not rates:
-        return None
-    if isinstance(rates[0], torch.Tensor):
-        return one_value("learning_rate", rates[0])
-    return max(float(rate) for rate in rates)

@@ -16,7 +16,7 @@ from foreshock.monitor.sinks import Sink
 from foreshock.monitor.spool import DEFAULT_MAX_BYTES, NAME_PATTERN
 from foreshock.monitor.whatif import known_formats
 
-__all__ = ["WatchSettings", "default_spool", "default_url"]
+__all__ = ["WatchSettings", "default_collect", "default_spool", "default_url"]
 
 _LOOKS_LIKE_AN_ID: Final = re.compile(r"[0-9a-f]{32}")
 
@@ -24,6 +24,11 @@ _LOOKS_LIKE_AN_ID: Final = re.compile(r"[0-9a-f]{32}")
 def default_url() -> str | None:
     """The service's address from FORESHOCK_URL, or None."""
     return os.environ.get("FORESHOCK_URL") or None
+
+
+def default_collect() -> str | None:
+    """The relay's address from FORESHOCK_COLLECT, or None."""
+    return os.environ.get("FORESHOCK_COLLECT") or None
 
 
 def default_spool() -> Path:
@@ -38,6 +43,8 @@ class WatchSettings:
     Attributes:
         run, project: Names under which the service knows the run.
         url: Address of the service; None keeps the records in the spool only.
+        collect: Address of a relay (`foreshock collect`), which then gets the records instead of
+            the service, and a report of every rank; None reports nothing.
         token: Bearer token.
         spool: Root folder of the spool; None keeps nothing on disk and ships nothing.
         cadence: Steps at which tensors are measured.
@@ -64,6 +71,7 @@ class WatchSettings:
     run: str
     project: str = "default"
     url: str | None = None
+    collect: str | None = None
     token: str | None = None
     spool: Path | None = None
     cadence: Cadence = field(default_factory=Cadence)
@@ -96,14 +104,21 @@ class WatchSettings:
             raise ValueError(
                 f"budget is {self.budget}; allowed: above 0 and below 1, e.g. 0.01 for 1 %"
             )
-        if self.url is not None and self.spool is None:
+        if (self.url or self.collect) is not None and self.spool is None:
             raise ValueError("url is given without a spool; records reach the service through one")
+        if self.collect is not None and not self.collect.startswith(("http://", "https://")):
+            raise ValueError(f"collect is {self.collect!r}; allowed: http://... or https://...")
         try:
             json.dumps(self.config, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"config is not plain data ({error}); allowed: dicts, lists, text, finite numbers"
             ) from None
+
+    @property
+    def target(self) -> str | None:
+        """Where records go: to the relay, so that it can add to them, else to the service."""
+        return self.collect or self.url
 
     def registration(self, layers: Sequence[str], *, world_size: int) -> dict[str, object]:
         """The body of POST /runs."""

@@ -13,13 +13,11 @@ import torch
 
 from foreshock.monitor.collector import Taken
 from foreshock.monitor.record import Event
-from foreshock.monitor.scalars import mean
+from foreshock.monitor.scalars import Value, mean
 from foreshock.monitor.snapshot import Snapshot
 from foreshock.monitor.transfer import pack
 
-__all__ = ["Step", "Value", "one_value", "snapshot_of"]
-
-Value = torch.Tensor | float
+__all__ = ["Step", "snapshot_of"]
 
 
 @dataclass(slots=True)
@@ -81,20 +79,3 @@ def snapshot_of(step: Step, device: torch.device) -> Snapshot:
         events=tuple(step.events),
         kernels=tuple(taken.kernels),
     )
-
-
-def one_value(name: str, value: torch.Tensor | float) -> Value:
-    """A value to log; a tensor on a device is copied and not waited for.
-
-    Raises:
-        ValueError: It is a tensor of more or fewer than one element.
-    """
-    if not isinstance(value, torch.Tensor):
-        return float(value)
-    if value.numel() != 1:
-        raise ValueError(
-            f"log({name}=...) got a tensor of shape {tuple(value.shape)}, not one value"
-        )
-    if value.device.type == "cpu":
-        return float(value.detach())
-    return value.detach().reshape(()).to(torch.float64, copy=True)

@@ -34,6 +34,15 @@ from foreshock.monitor.record.model import (
     TensorIdentity,
     TensorStatistics,
 )
+from foreshock.monitor.record.reports import (
+    Held,
+    Place,
+    ReportError,
+    StepReport,
+    compress,
+    decode_reports,
+    encode_reports,
+)
 from foreshock.monitor.record.risk import HORIZONS, AlertState, Driver, Risk, RiskKind
 from foreshock.monitor.record.schema import SCHEMA, TENSOR_TYPE, conform, validate
 from foreshock.monitor.record.sums import EXPONENTS, FIELD_REDUCTIONS, TensorSums
@@ -53,18 +62,25 @@ __all__ = [
     "AlertState",
     "Driver",
     "Event",
+    "Held",
     "IdentityColumns",
+    "Place",
     "RecordError",
+    "ReportError",
     "Risk",
     "RiskKind",
     "StatisticColumns",
     "StepRecord",
+    "StepReport",
     "TensorIdentity",
     "TensorStatistics",
     "TensorSums",
+    "compress",
     "conform",
     "decode_number",
+    "decode_reports",
     "encode_number",
+    "encode_reports",
     "flatten_tensors",
     "json_to_table",
     "read_stream",

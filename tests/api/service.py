@@ -36,6 +36,8 @@ _START_SECONDS = 180.0
 class Service:
     """`foreshock serve` over a folder; may be killed and started again."""
 
+    command = "serve"
+
     def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None):
         self._folder = folder
         self._arguments = arguments
@@ -63,8 +65,16 @@ class Service:
     def start(self) -> None:
         port_file = self._folder / "port"
         port_file.unlink(missing_ok=True)
-        command = [sys.executable, "-c", "from foreshock.api.cli.main import run; run()", "serve"]
-        command += ["--port", "0", "--data", str(self.data), "--port-file", str(port_file)]
+        command = [sys.executable, "-c", "from foreshock.api.cli.main import run; run()"]
+        command += [
+            self.command,
+            "--port",
+            "0",
+            "--data",
+            str(self.data),
+            "--port-file",
+            str(port_file),
+        ]
         clean = {k: v for k, v in os.environ.items() if not k.startswith("FORESHOCK_")}
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -100,6 +110,12 @@ class Service:
     def client(self, token: str | None = None) -> httpx.Client:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+
+class RelayProcess(Service):
+    """`foreshock collect`, likewise; its arguments say where to."""
+
+    command = "collect"
 
 
 def new_launch() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from foreshock.api.cli import data, demo, fit, score, serve, sweep, train
+from foreshock.api.cli import collect, data, demo, fit, score, serve, sweep, train
 
 __all__ = ["app", "run"]
 
@@ -23,6 +23,7 @@ def _root() -> None:
 
 demo.register(app)
 serve.register(app)
+collect.register(app)
 data.register(app)
 score.register(app)
 fit.register(app)

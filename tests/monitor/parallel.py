@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,8 +233,36 @@ def dead(rank: int, out: Out) -> dict[str, Any]:
     return {"closed": seen.close(20), "errors": seen.errors}
 
 
+def reporting(rank: int, out: Out) -> dict[str, Any]:
+    """Process 1 meets an infinite input between two measured steps; both report to a relay."""
+    model = nn.parallel.DistributedDataParallel(net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = watch(
+        model, optimizer, run="r", spool=Path(sys.argv[4]) / "spool", tensor_every=2, sinks=[out]
+    )
+    for step in range(STEPS):
+        x = inputs(step, rank)
+        if rank == 1 and step == 1:
+            seen.event("checkpoint", "of rank 1")
+        if rank == 1 and step == STEPS - 1:
+            x[0, 0, 0] = torch.inf
+        loss = model(x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        out.losses.append(float(loss.detach()))
+    began = time.perf_counter()
+    closed = seen.close(20)
+    return {
+        "closed": closed,
+        "errors": seen.errors,
+        "launch": seen.settings.launch_id,
+        "closing": time.perf_counter() - began,
+    }
+
+
 CASES: dict[str, Callable[[int, Out], dict[str, Any]]] = {
-    f.__name__: f for f in (ddp, fsdp, tp, experts, stages, disagree, dead)
+    f.__name__: f for f in (ddp, fsdp, tp, experts, stages, disagree, dead, reporting)
 }
 
 

@@ -19,12 +19,12 @@ from tests.monitor.parallel import SIZE, STEPS, WIDTH, inputs
 ROOT = Path(__file__).parents[2]
 
 
-def run(case: str, folder: Path) -> list[dict[str, Any]]:
+def run(case: str, folder: Path, **more: str) -> list[dict[str, Any]]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "tests.monitor.parallel", case]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])} | more
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(port), str(folder)],

@@ -126,10 +126,12 @@ RelayDep = Annotated[Relay, Depends(_relay)]
 
 def announce(body: LaunchBody, relay: RelayDep, request: Request) -> Announced:
     """Keep a launch, to be announced to the service before its first batch."""
-    if not principal_of(request).sees(body.project):
-        raise Problem(403, f"this token does not belong to the project {body.project!r}")
+    principal = principal_of(request)
+    project = principal.home(body.project)
+    if not principal.sees(project):
+        raise Problem(403, f"this token is not for the project {project!r}")
     launch_id = str(body.launch_id)
-    plain = body.model_dump(mode="json")
+    plain = body.model_dump(mode="json") | {"project": project}
     if not relay.depot.announce(launch_id, body.run, plain):
         raise Problem(409, f"launch {launch_id} belongs to another run; give each launch its own")
     return Announced(launch_id=body.launch_id, run=body.run)

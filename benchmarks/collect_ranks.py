@@ -349,7 +349,8 @@ def main() -> None:
         ),
     }
     print(
-        f"{given.ranks} ranks, {len(ENTRIES)} tensors; {STEPS} steps direct, {given.ticks * STEPS} relayed\n"
+        f"{given.ranks} ranks, {len(ENTRIES)} tensors; "
+        f"{STEPS} steps direct, {given.ticks * STEPS} relayed\n"
     )
     print("| way | bytes per rank and step | bytes per step into the service | requests per step |")
     print("|---|---|---|---|")

@@ -151,6 +151,12 @@ def test_ranks_that_broke_beyond_the_named_ones_are_told() -> None:
     assert "39 ranks (1, 2, " in str(got.events[-1].detail)
 
 
+def test_rank_0_whose_events_stand_in_the_record_is_no_unnamed_one() -> None:
+    own = (Event("nonfinite", 0, "up", "input", 0, "inf"),)
+    (got,) = merge([record(events=own)], Addition(report(0, [0, 1], broken=0b1)))
+    assert got.events == own
+
+
 def test_a_rank_that_falls_silent_is_named_once() -> None:
     gathering = Gathering(8)
     for step, ranks in enumerate(([0, 1, 2], [0, 2], [0, 2])):

@@ -230,6 +230,7 @@ def test_killed_relays_lose_nothing_that_they_acknowledged(served: Service, tmp_
     assert told_of == {str(2 * n) for n in range(sender.taken)}
 
 
+@pytest.mark.long
 def test_a_dead_service_costs_bounded_room_and_gets_everything_later(tmp_path: Path) -> None:
     port = free_port()
     relay = relay_to(
@@ -305,6 +306,7 @@ def test_stacked_relays_join_what_their_ranks_told(served: Service, tmp_path: Pa
         assert each.stop() == 0, each.log
 
 
+@pytest.mark.long
 def test_a_node_relay_keeps_events_while_the_next_one_is_away(
     served: Service, tmp_path: Path
 ) -> None:

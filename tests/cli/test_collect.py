@@ -64,6 +64,8 @@ def test_a_training_of_two_processes_through_a_relay(service: Service, tmp_path:
     last = [e for e in records[-1].events if e.kind == "nonfinite" and e.rank == 1]
     assert ("up", "input", 0) in [(e.layer, e.role, e.micro_batch) for e in last]
     assert records[-1].scalars["ranks_nonfinite"] >= 1
+    kinds = {e.kind for record in records for e in record.events}
+    assert kinds == {"checkpoint", "nonfinite"}
 
 
 @pytest.mark.long

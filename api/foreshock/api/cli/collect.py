@@ -85,13 +85,16 @@ def collect(
             interval_seconds=interval,
             max_bytes=max_mib * 1024 * 1024,
         )
-        from foreshock.api.cli.listener import claim, listen, serve_app
+        from foreshock.api.cli.listener import check_tokens, claim, listen, serve_app
         from foreshock.api.collect.app import create_collect_app
 
+        check_tokens(settings.door)
         claimed = claim(settings.folder)
         listener = listen(settings.door)
     except (ValueError, OSError) as error:
         typer.echo(f"foreshock collect: {error}", err=True)
         raise typer.Exit(2) from None
     with claimed:
-        raise typer.Exit(serve_app(create_collect_app(settings), settings.door, listener, port_file))
+        raise typer.Exit(
+            serve_app(create_collect_app(settings), settings.door, listener, port_file)
+        )

@@ -23,9 +23,7 @@ def run(settings: Settings, listener: socket.socket, port_file: Path | None) -> 
         The exit code: 0, or 1 if the service did not start.
     """
     app = create_app(settings, live=LiveService)
-    return serve_app(
-        app, settings, listener, port_file, before_stop=partial(_end_streams, app)
-    )
+    return serve_app(app, settings, listener, port_file, before_stop=partial(_end_streams, app))
 
 
 def _end_streams(app: FastAPI) -> None:

@@ -104,14 +104,15 @@ class _Parts:
 
 
 def _open(settings: CollectSettings, stack: ExitStack) -> _Parts:
-    relay = Relay(settings)
-    stack.callback(relay.stop)
+    settings.folder.mkdir(parents=True, exist_ok=True)
     registry = Registry(settings.folder / "registry.sqlite")
     stack.callback(registry.close)
     access = Access(registry, settings.door)
     stack.callback(access.close)
     check_reach(settings.door, access)
+    relay = Relay(settings)
     relay.start()
+    stack.callback(relay.stop)
     return _Parts(relay, access)
 
 
@@ -158,9 +159,7 @@ async def put_batch(
     media_type = JSON if media_type == JSON else ARROW
     body = await request.body()
     await run_in_threadpool(_owned, relay, request, run, name.launch_id)
-    receipt = await run_in_threadpool(
-        _take_batch, relay, name, body, content_encoding, media_type
-    )
+    receipt = await run_in_threadpool(_take_batch, relay, name, body, content_encoding, media_type)
     response.status_code = 200 if receipt.duplicate else 201
     return receipt
 

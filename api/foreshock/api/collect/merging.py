@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Final
 
 import numpy as np
@@ -85,14 +85,16 @@ def merge_events(
         events.append(better if better is not None and event.kind == "nonfinite" else event)
     events += told.values()
     events += addition.late
-    events += _about_ranks(addition, world_size)
+    named = {event.rank for event in events if event.kind == "nonfinite"}
+    events += _about_ranks(addition, named, world_size)
     return [{name: getattr(event, name) for name in _EVENT_NAMES} for event in events]
 
 
-def _about_ranks(addition: Addition, world_size: int | None) -> Iterable[Event]:
+def _about_ranks(
+    addition: Addition, named: Set[int | None], world_size: int | None
+) -> Iterable[Event]:
     report = addition.report
     if report is not None:
-        named = {event.rank for event in report.events.values() if event.kind == "nonfinite"}
         unnamed = [rank for rank in rank_list(report.broken) if rank not in named]
         if unnamed:
             detail = f"not finite on {_ranks(unnamed)} too"

@@ -70,7 +70,6 @@ class Relay:
 
     def __init__(self, settings: CollectSettings) -> None:
         self.settings = settings
-        settings.folder.mkdir(parents=True, exist_ok=True)
         self.depot = Depot(settings.folder / "relay.sqlite", max_bytes=settings.max_bytes)
         self.counts = Counts()
         self._gatherings: OrderedDict[tuple[str, str], Gathering] = OrderedDict()

@@ -74,9 +74,14 @@ def collect(
         if upstream is None:
             raise SettingsError("give --url, the service, or --relay, the next relay")
         settings = CollectSettings(
-            # Ranks start together, and all of them bring the same token.
+            # Ranks start together, bring the same token, and keep a connection each.
             door=Settings(
-                data_dir=data, host=host, port=port, token=token or None, token_requests=0
+                data_dir=data,
+                host=host,
+                port=port,
+                token=token or None,
+                token_requests=0,
+                max_connections=4096,
             ),
             upstream=upstream,
             upstream_is_relay=relay is not None,

@@ -18,6 +18,7 @@ from foreshock.api.ingest import (
     CommitListener,
     Incoming,
     Ingest,
+    IngestLimits,
     NoListener,
     Overloaded,
     Receipt,
@@ -53,9 +54,7 @@ class Parts:
             self.registry,
             self.store,
             listener or NoListener(),
-            group_batches=batches,
-            group_seconds=0.002,
-            queue_batches=queue,
+            limits=IngestLimits(group_batches=batches, group_seconds=0.002, queue_batches=queue),
         )
 
     @contextmanager
@@ -204,7 +203,9 @@ def test_a_disk_that_is_nearly_full_is_left_alone(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id, launch = parts.launch()
-    made = Ingest(parts.registry, parts.store, NoListener(), min_free_bytes=1000)
+    made = Ingest(
+        parts.registry, parts.store, NoListener(), limits=IngestLimits(min_free_bytes=1000)
+    )
     made.start()
     batch = incoming(run_id, launch, 1, make_records(0, 2))
     monkeypatch.setattr(parts.store, "free_bytes", lambda: 999)

@@ -16,9 +16,10 @@ from starlette.concurrency import run_in_threadpool
 from foreshock.api import conditional, openapi, problems
 from foreshock.api.access.admission import Access, check_reach
 from foreshock.api.access.scopes import DECLARED
+from foreshock.api.commits import Commits, ExclusiveCommits, SharedCommits
 from foreshock.api.database import DATABASE_LOST
 from foreshock.api.guard import Guard
-from foreshock.api.ingest import Ingest
+from foreshock.api.ingest import Ingest, IngestLimits
 from foreshock.api.intake import Intake, IntakeLimits
 from foreshock.api.ledger import Ledger
 from foreshock.api.registry import Registry
@@ -43,6 +44,7 @@ from foreshock.api.services import Latest, Live, Services
 from foreshock.api.settings import Settings
 from foreshock.api.store import Limits, Store, StoreBusy, StoreError
 from foreshock.api.store_open import open_store
+from foreshock.api.store_url import ServersPlace
 
 __all__ = ["LiveFactory", "NoLive", "create_app"]
 
@@ -164,11 +166,14 @@ def _open(settings: Settings, live: LiveFactory | None, stack: ExitStack) -> Ser
         registry,
         store,
         analysis,
-        group_batches=settings.group_batches,
-        group_seconds=settings.group_milliseconds / 1000,
-        queue_batches=settings.queue_batches,
-        queue_bytes=settings.queue_bytes,
-        min_free_bytes=settings.min_free_bytes,
+        _commits(settings, registry, store),
+        IngestLimits(
+            group_batches=settings.group_batches,
+            group_seconds=settings.group_milliseconds / 1000,
+            queue_batches=settings.queue_batches,
+            queue_bytes=settings.queue_bytes,
+            min_free_bytes=settings.min_free_bytes,
+        ),
     )
     ingest.start()
     analysis.start()
@@ -183,3 +188,15 @@ def _open(settings: Settings, live: LiveFactory | None, stack: ExitStack) -> Ser
         live=analysis,
         access=access,
     )
+
+
+def _commits(settings: Settings, registry: Registry, store: Store) -> Commits:
+    ledger = Ledger(registry)
+    if isinstance(settings.store_place, ServersPlace):
+        return SharedCommits(registry, ledger, store)
+    if not registry.database.reserve("embedded store"):
+        raise StoreError(
+            "another foreshock uses this database with a store of its own; replicas need one store "
+            "for all: FORESHOCK_STORE=clickhouse://..."
+        )
+    return ExclusiveCommits(ledger, store)

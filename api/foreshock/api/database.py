@@ -90,6 +90,7 @@ class Database:
             sa.event.listen(self.engine, "connect", _on_connect)
             sa.event.listen(self.engine, "begin", _on_begin)
         self._lock = threading.RLock()
+        self._reserved: list[sa.Connection] = []
 
     def answers(self) -> bool:
         """Whether the database can be asked now."""
@@ -100,8 +101,19 @@ class Database:
             return False
         return True
 
+    def now(self) -> float:
+        """Seconds since 1970 by the database's clock, which all replicas share."""
+        sql = _POSTGRESQL_NOW if self.shared else _SQLITE_NOW
+        with self.engine.begin() as connection:
+            return float(connection.execute(sa.text(sql)).scalar_one())
+
     def close(self) -> None:
         """Give the connections back."""
+        for connection in self._reserved:
+            # The server frees what was taken once the connection ends, not once it is given back.
+            connection.invalidate()
+            connection.close()
+        self._reserved.clear()
         self.engine.dispose()
 
     @contextmanager
@@ -117,6 +129,17 @@ class Database:
             with connection.begin():
                 yield connection
 
+    def reserve(self, name: str) -> bool:
+        """Take a name for as long as this object lives; whether nobody else has it."""
+        if not self.shared:
+            return True
+        connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        taken = connection.execute(
+            sa.text("SELECT pg_try_advisory_lock(:key)"), {"key": _key(name)}
+        ).scalar_one()
+        self._reserved.append(connection)
+        return bool(taken)
+
     @contextmanager
     def holding(self, names: Iterable[str]) -> Iterator[None]:
         """Hold names against all replicas; returns once nobody else holds one of them.
@@ -130,6 +153,10 @@ class Database:
         with self.engine.begin() as connection:
             _lock(connection, keys)
             yield
+
+
+_POSTGRESQL_NOW: Final = "SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+_SQLITE_NOW: Final = "SELECT (julianday('now') - 2440587.5) * 86400.0"
 
 
 def _key(name: str) -> int:

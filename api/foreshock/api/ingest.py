@@ -1,9 +1,9 @@
 """Batches become durable exactly once: one writer thread, group commit, facts first, then ledger.
 
 A group is at most so many batches or milliseconds. Its facts go into the store, then its ledger
-rows into the registry in one transaction, and only then is anybody told. Facts above the ledger's
-newest number (a kill or an error in between) are removed before anything else is written, so what
-is stored is what was acknowledged. Decodes nothing and knows no HTTP.
+rows into the registry in one transaction, and only then is anybody told. What a kill or an error in
+between leaves in the store is removed (`commits.py`), so what is stored is what was acknowledged.
+Decodes nothing and knows no HTTP.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from sqlalchemy.exc import SQLAlchemyError
 
 from foreshock.api.attempts import StreamPoint, assign_epochs
+from foreshock.api.commits import Commits, ExclusiveCommits
 from foreshock.api.ledger import BatchKey, Ledger, LedgerEntry, Span
 from foreshock.api.registry import Registry
 from foreshock.api.store import Store, StoreError
@@ -35,6 +36,7 @@ __all__ = [
     "CommitListener",
     "Incoming",
     "Ingest",
+    "IngestLimits",
     "NoListener",
     "Overloaded",
     "Receipt",
@@ -212,35 +214,54 @@ class _Plan:
         return [place(item.job.facts, item.placed) for item in self.planned.values()]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestLimits:
+    """How much is written at once, and how much may wait.
+
+    Attributes:
+        group_batches: Most batches in one group.
+        group_seconds: Longest wait for a group to fill.
+        queue_batches: Batches that may wait.
+        queue_bytes: Their bytes in memory, likewise.
+        min_free_bytes: Below so much free disk nothing is written.
+    """
+
+    group_batches: int = 32
+    group_seconds: float = 0.02
+    queue_batches: int = 256
+    queue_bytes: int = 1024**3
+    min_free_bytes: int = 0
+
+
 class Ingest:
-    """The writer thread and the queue before it."""
+    """The writer thread and the queue before it.
+
+    Args:
+        registry: Layers and attempts of the batches.
+        store: Where facts go.
+        listener: Told what became durable.
+        commits: How batches are numbered and acknowledged; None: nobody else writes to the store.
+        limits: How much at once.
+    """
 
     def __init__(
         self,
         registry: Registry,
         store: Store,
         listener: CommitListener,
-        *,
-        group_batches: int = 32,
-        group_seconds: float = 0.02,
-        queue_batches: int = 256,
-        queue_bytes: int = 1024**3,
-        min_free_bytes: int = 0,
+        commits: Commits | None = None,
+        limits: IngestLimits | None = None,
     ) -> None:
         self._registry = registry
         self._store = store
         self._listener = listener
-        self._ledger = Ledger(registry)
-        self._group_batches = group_batches
-        self._group_seconds = group_seconds
-        self._queue: queue.Queue[_Job | None] = queue.Queue(queue_batches)
-        self._queue_bytes = queue_bytes
-        self._min_free_bytes = min_free_bytes
+        self._commits = commits or ExclusiveCommits(Ledger(registry), store)
+        self._ledger = self._commits.ledger
+        self._limits = limits or IngestLimits()
+        self._queue: queue.Queue[_Job | None] = queue.Queue(self._limits.queue_batches)
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._stopping = False
-        self._clean = False
-        self._newest = 0
         self._thread = threading.Thread(target=self._run, name="foreshock-ingest", daemon=True)
 
     def start(self) -> None:
@@ -249,7 +270,7 @@ class Ingest:
         Raises:
             StoreError: The store does not work.
         """
-        self._recover()
+        self._commits.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -260,6 +281,7 @@ class Ingest:
             self._stopping = True
         self._queue.put(None)
         self._thread.join()
+        self._commits.stop()
 
     @property
     def alive(self) -> bool:
@@ -270,7 +292,7 @@ class Ingest:
     def disk_full(self) -> bool:
         """Whether too little disk is free to take batches."""
         free = self._store.free_bytes()
-        return free is not None and free < self._min_free_bytes
+        return free is not None and free < self._limits.min_free_bytes
 
     @property
     def waiting(self) -> int:
@@ -308,7 +330,10 @@ class Ingest:
         with self._lock:
             if self._stopping:
                 raise Unavailable("the service is stopping")
-            if self._waiting_bytes + batch.table.nbytes > self._queue_bytes and self._waiting_bytes:
+            if (
+                self._waiting_bytes + batch.table.nbytes > self._limits.queue_bytes
+                and self._waiting_bytes
+            ):
                 raise Overloaded("too many bytes are waiting to be written")
             try:
                 self._queue.put_nowait(job)
@@ -333,8 +358,8 @@ class Ingest:
         if first is None:
             return [], False
         jobs = [first]
-        until = time.monotonic() + self._group_seconds
-        while len(jobs) < self._group_batches:
+        until = time.monotonic() + self._limits.group_seconds
+        while len(jobs) < self._limits.group_batches:
             try:
                 job = self._queue.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
@@ -349,7 +374,6 @@ class Ingest:
         error = _guarded(lambda: self._store_group(jobs))
         if error is None:
             return
-        self._clean = False
         if len(jobs) > 1:
             for job in jobs:
                 self._settle([job])
@@ -361,23 +385,20 @@ class Ingest:
 
     def _store_group(self, jobs: Sequence[_Job]) -> None:
         if self.disk_full:
-            raise StoreError(f"less than {self._min_free_bytes} bytes are free on the disk")
-        if not self._clean:
-            self._recover()
-        plan = _Plan(self._registry, self._ledger, self._newest)
-        for job in jobs:
-            if job.future.done():
-                continue
-            try:
-                plan.add(job)
-            except (BatchConflict, Refused) as error:
-                job.future.set_exception(error)
-        if plan.planned:
-            self._clean = False
-            self._store.append(plan.rows())
-            self._ledger.commit([item.entry for item in plan.planned.values()])
-            self._newest += len(plan.planned)
-            self._clean = True
+            raise StoreError(f"less than {self._limits.min_free_bytes} bytes are free on the disk")
+        launches = {job.batch.key.launch_id for job in jobs if not job.future.done()}
+        with self._commits.claim(launches, len(jobs)) as newest:
+            plan = _Plan(self._registry, self._ledger, newest)
+            for job in jobs:
+                if job.future.done():
+                    continue
+                try:
+                    plan.add(job)
+                except (BatchConflict, Refused) as error:
+                    job.future.set_exception(error)
+            if plan.planned:
+                self._store.append(plan.rows())
+                self._commits.commit([item.entry for item in plan.planned.values()])
         self._acknowledge(plan)
 
     def _acknowledge(self, plan: _Plan) -> None:
@@ -397,14 +418,6 @@ class Ingest:
                 error = _guarded(tell)
                 if error is not None:
                     _log.error("the listener failed", exc_info=error)
-
-    def _recover(self) -> None:
-        self._ledger.forget()
-        self._newest = self._ledger.newest_commit()
-        removed = self._store.discard_after(self._newest)
-        if removed:
-            _log.warning("removed %d rows of batches that were never acknowledged", removed)
-        self._clean = True
 
 
 def _guarded(action: Callable[[], None]) -> Exception | None:

@@ -7,7 +7,7 @@ rows (`commit`) say which facts in the store are real. Holds no facts itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -104,9 +104,17 @@ class Ledger:
             self._tips[stream] = self._nearest(stream, None, upward=False)
         return self._tips[stream]
 
-    def forget(self) -> None:
-        """Drop what is kept in memory: a failed commit leaves it in doubt."""
-        self._tips.clear()
+    def forget(self, launches: Collection[str] | None = None) -> None:
+        """Drop what is kept in memory: a failed commit or another replica leaves it in doubt.
+
+        Args:
+            launches: Only what belongs to these; None for everything.
+        """
+        if launches is None:
+            self._tips.clear()
+            return
+        for stream in [stream for stream in self._tips if stream[0] in launches]:
+            self._tips.pop(stream, None)
 
     def neighbours(self, key: BatchKey) -> tuple[StreamPoint | None, StreamPoint | None]:
         """The stored batches just before and just after a batch in its stream."""
@@ -116,9 +124,20 @@ class Ledger:
         before = self._nearest(key.stream, key.sequence, upward=False)
         return before, self._nearest(key.stream, key.sequence, upward=True)
 
-    def commit(self, entries: Sequence[LedgerEntry]) -> None:
-        """Acknowledge a group of batches in one transaction, synced to disk."""
+    def commit(
+        self,
+        entries: Sequence[LedgerEntry],
+        also: Callable[[sa.Connection], None] | None = None,
+    ) -> None:
+        """Acknowledge a group of batches in one transaction, synced to disk.
+
+        Args:
+            entries: The group.
+            also: Done first in the same transaction; what it raises undoes all.
+        """
         with self._registry.write() as connection:
+            if also is not None:
+                also(connection)
             connection.execute(batches.insert(), [_row(entry) for entry in entries])
             connection.execute(
                 _TOUCH, [_touch(entry, span) for entry in entries for span in entry.spans]

@@ -9,7 +9,17 @@ from typing import Final
 
 import sqlalchemy as sa
 
-__all__ = ["attempts", "batches", "launches", "layers", "metadata", "runs"]
+__all__ = [
+    "attempts",
+    "batches",
+    "counters",
+    "launches",
+    "layers",
+    "metadata",
+    "replicas",
+    "runs",
+    "writes",
+]
 
 metadata: Final = sa.MetaData()
 
@@ -79,4 +89,30 @@ batches: Final = sa.Table(
     sa.Column("attempts", sa.Text, nullable=False),
     sa.Column("records", sa.Integer, nullable=False),
     sa.Column("received_at", _TIME, nullable=False),
+)
+
+# For several replicas of the service; times are seconds of the database's own clock.
+
+counters: Final = sa.Table(
+    "counters",
+    metadata,
+    sa.Column("name", sa.String(32), primary_key=True),
+    sa.Column("value", sa.BigInteger, nullable=False),
+)
+
+replicas: Final = sa.Table(
+    "replicas",
+    metadata,
+    sa.Column("replica", sa.String(32), primary_key=True),
+    sa.Column("until", sa.Double, nullable=False),
+)
+
+writes: Final = sa.Table(
+    "writes",
+    metadata,
+    sa.Column("first", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("last", sa.BigInteger, nullable=False),
+    sa.Column("replica", sa.String(32), nullable=False),
+    sa.Column("fenced", sa.Boolean, nullable=False),
+    sa.Column("swept", sa.Double),
 )

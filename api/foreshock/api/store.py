@@ -27,6 +27,7 @@ __all__ = [
     "Store",
     "StoreBusy",
     "StoreError",
+    "StoreUnreachable",
     "TensorKinds",
     "View",
 ]
@@ -45,6 +46,10 @@ SMALLEST_IS_WORST: Final = ("headroom_log2", "sqnr_db", "min_nonzero")
 
 class StoreError(Exception):
     """The engine refused or failed; nothing may be acknowledged on its account."""
+
+
+class StoreUnreachable(StoreError):
+    """There was no connection: nothing was asked, nothing written."""
 
 
 class StoreBusy(StoreError):
@@ -195,6 +200,10 @@ class Store(Protocol):
         Raises:
             StoreError: It failed; call again before anything is appended.
         """
+        ...
+
+    def discard_between(self, first: int, last: int) -> int:
+        """`discard_after` for the batches of these numbers, ends included; others may append."""
         ...
 
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:

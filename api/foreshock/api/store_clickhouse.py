@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from foreshock.api.store import (
     CHUNK_STEPS,
@@ -45,6 +46,7 @@ from foreshock.api.store_schema import (
     RISK_SCHEMA,
     STORED_TENSOR_FIELDS,
     TENSOR_KEY,
+    TableOptions,
     ddl,
 )
 from foreshock.monitor.record import ROLES
@@ -62,17 +64,11 @@ class ClickHouseStore(Store):
     Args:
         engine: Where they are; closed with the store.
         layer_names: Names behind the stored ids.
-        fsync: Whether facts are synced to disk before `append` returns.
-        retention_days: Facts received longer ago are deleted; 0 keeps them.
+        options: How the tables are made.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        layer_names: LayerNames,
-        *,
-        fsync: bool = True,
-        retention_days: int = 0,
+        self, engine: Engine, layer_names: LayerNames, options: TableOptions | None = None
     ) -> None:
         """Make the tables if they are not there.
 
@@ -81,10 +77,14 @@ class ClickHouseStore(Store):
         """
         self._engine = engine
         self._layer_names = layer_names
+        self._options = options or TableOptions()
         self._facts = self._engine.writer()
         self._derived = self._engine.writer()
         self._derived_lock = threading.Lock()
-        for statement in ddl(fsync=fsync, retention_days=retention_days):
+        # Removes what is not acknowledged, while others append.
+        self._remover = self._engine.writer()
+        self._remover_lock = threading.Lock()
+        for statement in ddl(self._options):
             self._facts.command(statement)
 
     def close(self) -> None:
@@ -112,7 +112,16 @@ class ClickHouseStore(Store):
             rows = [group[table] for group in groups if table in group]
             if rows:
                 together = pa.concat_tables(rows).unify_dictionaries()
-                self._facts.insert(table, together, _FACT_SETTINGS)
+                self._facts.insert(table, together, _FACT_SETTINGS | self._token(table, together))
+
+    def _token(self, table: str, rows: pa.Table) -> dict[str, Any]:
+        # The transport may send a request again whose connection broke; every try of ours has
+        # numbers of its own, so equal tokens are one and the same INSERT.
+        if not self._options.server:
+            return {}
+        span = pc.min_max(rows["ver"])
+        token = f"{table}-{span['min']}-{span['max']}"
+        return {"insert_deduplicate": 1, "insert_deduplication_token": token}
 
     def discard_after(self, commit: int) -> int:
         """Remove facts of batches that were never acknowledged.
@@ -126,19 +135,27 @@ class ClickHouseStore(Store):
         Raises:
             StoreError: It failed; call again before anything is appended.
         """
+        return self._discard("ver > {low:UInt64}", {"low": commit})
+
+    def discard_between(self, first: int, last: int) -> int:
+        """`discard_after` for the batches of these numbers, ends included; others may append."""
+        return self._discard(
+            "ver BETWEEN {low:UInt64} AND {high:UInt64}", {"low": first, "high": last}
+        )
+
+    def _discard(self, which: str, values: Mapping[str, int]) -> int:
         removed = 0
         for table in FACT_TABLES:
-            count = self._engine.read(
-                f"SELECT count() AS n FROM {table} WHERE ver > {{commit:UInt64}}",
-                {"commit": commit},
-            )["n"][0].as_py()
+            sql = f"SELECT count() AS n FROM {table} WHERE {which}"
+            count = int(self._engine.read(sql, values)["n"][0].as_py())
             if count:
-                self._facts.command(
-                    f"ALTER TABLE {table} DELETE WHERE ver > {{commit:UInt64}}"
-                    " SETTINGS mutations_sync = 1",
-                    {"commit": commit},
-                )
-            removed += int(count)
+                held = self._options.held_in(table)
+                with self._remover_lock:
+                    self._remover.command(
+                        f"ALTER TABLE {held} DELETE WHERE {which} SETTINGS mutations_sync = 2",
+                        values,
+                    )
+            removed += count
         return removed
 
     # Writing: live analysis

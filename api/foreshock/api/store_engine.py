@@ -17,11 +17,14 @@ import clickhouse_connect
 import pyarrow as pa
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import ClickHouseError
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
-from foreshock.api.store import Limits, StoreBusy, StoreError
+from foreshock.api.store import Limits, StoreBusy, StoreError, StoreUnreachable
+from foreshock.api.store_schema import create_database
+from foreshock.api.store_url import ClickHouseServer, ServersPlace
 from foreshock.api.store_watch import Watch
 
-__all__ = ["DATABASE", "Engine", "Writer", "open_chdb"]
+__all__ = ["DATABASE", "Engine", "Writer", "open_chdb", "open_server"]
 
 DATABASE: Final = "foreshock"
 """Where the tables lie, unless the address of a server names another database."""
@@ -130,7 +133,7 @@ class Engine:
             try:
                 yield
             except (ClickHouseError, RuntimeError, OSError, pa.ArrowInvalid) as error:
-                raise StoreError(_first(error)) from error
+                raise _store_error(error) from error
 
 
 def open_chdb(path: Path, limits: Limits) -> Engine:
@@ -149,7 +152,7 @@ def open_chdb(path: Path, limits: Limits) -> Engine:
     try:
         first = connect(None)
         try:
-            first.command(f"CREATE DATABASE IF NOT EXISTS {DATABASE}")
+            first.command(create_database(DATABASE))
             return Engine(connect, limits, path)
         finally:
             first.close()
@@ -159,7 +162,66 @@ def open_chdb(path: Path, limits: Limits) -> Engine:
         ) from error
 
 
-def _settings(limits: Limits) -> dict[str, int]:
+def open_server(server: ClickHouseServer, place: ServersPlace, limits: Limits) -> Engine:
+    """One of the servers of a place, over HTTP; its database is made.
+
+    Raises:
+        StoreUnreachable: It does not answer.
+        StoreError: It refuses.
+    """
+
+    def connect(database: str | None = place.database) -> Client:
+        return clickhouse_connect.get_client(
+            host=server.host,
+            port=server.port,
+            username=place.user,
+            password=place.password,
+            secure=place.secure,
+            database=database,
+            settings=_settings(limits) | (_CLUSTER_SETTINGS if place.cluster else {}),
+            connect_timeout=_CONNECT_SECONDS,
+            # Longer than the server's own limit, which gives the better message.
+            send_receive_timeout=limits.seconds + 10,
+            # Clients are taken by one thread at a time, and a session would only tie them down.
+            autogenerate_session_id=False,
+        )
+
+    where = f"the store at {server.host}:{server.port}"
+    try:
+        first = connect(None)
+        try:
+            first.command(create_database(place.database, place.cluster))
+        finally:
+            first.close()
+        return Engine(connect, limits)
+    except (ClickHouseError, RuntimeError, OSError) as error:
+        failure = _store_error(error)
+        raise type(failure)(f"{where} does not open: {failure}") from error
+
+
+# Where a run's shard is known from its id, only that shard is asked, and the query that picks
+# attempts stays on the shard it runs on. An INSERT returns once its shard has it.
+_CLUSTER_SETTINGS: Final[dict[str, Any]] = {
+    "insert_distributed_sync": 1,
+    "insert_quorum": "auto",
+    "optimize_skip_unused_shards": 1,
+    "distributed_product_mode": "local",
+}
+_CONNECT_SECONDS: Final = 5
+
+
+def _store_error(error: BaseException) -> StoreError:
+    cause: BaseException | None = error
+    for _ in range(8):
+        if cause is None:
+            break
+        if isinstance(cause, NewConnectionError | ConnectTimeoutError):
+            return StoreUnreachable("there is no connection")
+        cause = getattr(cause, "reason", None) or cause.__cause__ or cause.__context__
+    return StoreError(_first(error))
+
+
+def _settings(limits: Limits) -> dict[str, Any]:
     return {"max_execution_time": limits.seconds, "max_memory_usage": limits.memory_bytes}
 
 

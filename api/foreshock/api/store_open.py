@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from foreshock.api.store import LayerNames, Limits, Store
+from foreshock.api.store_shards import ShardedStore
 from foreshock.api.store_sqlite import SqliteStore
-from foreshock.api.store_url import SqlitePlace, StorePlace
+from foreshock.api.store_url import ChdbPlace, ClickHouseServer, SqlitePlace, StorePlace
 
 __all__ = ["open_store"]
 
@@ -29,13 +32,29 @@ def open_store(
     Raises:
         StoreError: It cannot be used.
     """
+    limits = limits or Limits()
     if isinstance(place, SqlitePlace):
         return SqliteStore(
             place.path, layer_names, limits=limits, fsync=fsync, retention_days=retention_days
         )
     # ClickHouse is large, and missing on some systems.
     from foreshock.api.store_clickhouse import ClickHouseStore
-    from foreshock.api.store_engine import open_chdb
+    from foreshock.api.store_engine import open_chdb, open_server
+    from foreshock.api.store_schema import TableOptions
 
-    engine = open_chdb(place.path, limits or Limits())
-    return ClickHouseStore(engine, layer_names, fsync=fsync, retention_days=retention_days)
+    if isinstance(place, ChdbPlace):
+        options = TableOptions(fsync=fsync, retention_days=retention_days)
+        return ClickHouseStore(open_chdb(place.path, limits), layer_names, options)
+    options = TableOptions(
+        fsync=fsync, retention_days=retention_days, server=True, cluster=place.cluster
+    )
+
+    def open_one(server: ClickHouseServer) -> Store:
+        return ClickHouseStore(open_server(server, place, limits), layer_names, options)
+
+    if len(place.servers) == 1:
+        return open_one(place.servers[0])
+    names = [f"{server.host}:{server.port}" for server in place.servers]
+    return ShardedStore(
+        {name: partial(open_one, server) for name, server in zip(names, place.servers, strict=True)}
+    )

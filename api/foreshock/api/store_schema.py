@@ -7,6 +7,7 @@ key, and rows above the ledger's newest number are not acknowledged. Holds no qu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import pyarrow as pa
@@ -19,6 +20,8 @@ __all__ = [
     "RISK_SCHEMA",
     "STORED_TENSOR_FIELDS",
     "TENSOR_KEY",
+    "TableOptions",
+    "create_database",
     "ddl",
 ]
 
@@ -116,36 +119,85 @@ _ORDER: Final = {
 }
 
 
-def ddl(*, fsync: bool, retention_days: int) -> list[str]:
-    """Statements that make the tables; safe to run again.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableOptions:
+    """How the tables are made; columns, keys and queries are the same everywhere.
 
-    Args:
+    Attributes:
         fsync: Sync every INSERT of facts to disk before it returns.
         retention_days: Delete what was received longer ago; 0 keeps everything.
+        server: On servers, where a request may be sent twice: an INSERT with a token that was
+            seen before does nothing.
+        cluster: Name of a cluster: every table is replicated within its shard, and a Distributed
+            table of the same name stands before the shards. Empty for none.
     """
+
+    fsync: bool = True
+    retention_days: int = 0
+    server: bool = False
+    cluster: str = ""
+
+    def held_in(self, table: str) -> str:
+        """Where the rows of a table are: what ALTER and DELETE name, with the cluster."""
+        return f"{table}_local ON CLUSTER '{self.cluster}'" if self.cluster else table
+
+
+def create_database(name: str, cluster: str = "") -> str:
+    """The statement that makes the database; safe to run again."""
+    return f"CREATE DATABASE IF NOT EXISTS {name}" + (f" ON CLUSTER '{cluster}'" if cluster else "")
+
+
+def ddl(options: TableOptions) -> list[str]:
+    """Statements that make the tables; safe to run again."""
     statements = []
     for table, columns in _COLUMNS.items():
-        synced = int(fsync and table in FACT_TABLES)
-        statements.append(_create(table, columns, synced))
+        statements.append(_create(table, columns, options))
+        if options.cluster:
+            statements.append(
+                f"CREATE TABLE IF NOT EXISTS {table} ON CLUSTER '{options.cluster}'"
+                f" AS {table}_local ENGINE = Distributed('{options.cluster}', currentDatabase(),"
+                f" {table}_local, cityHash64(run_id))"
+            )
         if table == "tensor_stats":
-            statements.append(_add(table, _statistic_columns()))
-        statements.append(_retention(table, retention_days))
+            statements += _additions(table, _statistic_columns(), options)
+        statements.append(_retention(table, options))
     return statements
 
 
-def _create(table: str, columns: dict[str, str], synced: int) -> str:
+def _create(table: str, columns: dict[str, str], options: TableOptions) -> str:
     full = {"run_id": "LowCardinality(String)", "attempt": "UInt32", "step": "Int64", **columns}
     full |= {"ver": "UInt64", "received": "DateTime DEFAULT now() CODEC(Delta(4), ZSTD(1))"}
     body = ", ".join(f"{name} {kind} {_CODECS.get(name, '')}" for name, kind in full.items())
     # Partitions by time of receipt: a record's own time is the client's and may be anything.
     return (
-        f"CREATE TABLE IF NOT EXISTS {table} "
+        f"CREATE TABLE IF NOT EXISTS {options.held_in(table)} "
         f"({body}, INDEX ver_range ver TYPE minmax GRANULARITY 16) "
-        f"ENGINE = ReplacingMergeTree(ver) PARTITION BY toYYYYMM(received) "
-        f"ORDER BY ({_order(table)}) "
-        f"SETTINGS fsync_after_insert = {synced}, fsync_part_directory = {synced}, "
-        "ttl_only_drop_parts = 1"
+        f"ENGINE = {_engine(table, options)} PARTITION BY toYYYYMM(received) "
+        f"ORDER BY ({_order(table)}) SETTINGS {_table_settings(table, options)}"
     )
+
+
+def _engine(table: str, options: TableOptions) -> str:
+    if not options.cluster:
+        return "ReplacingMergeTree(ver)"
+    # {shard} and {replica} are macros of each server.
+    path = f"/clickhouse/tables/{{shard}}/{{database}}/{table}"
+    return f"ReplicatedReplacingMergeTree('{path}', '{{replica}}', ver)"
+
+
+def _table_settings(table: str, options: TableOptions) -> str:
+    synced = int(options.fsync and table in FACT_TABLES)
+    settings = {"fsync_after_insert": synced, "fsync_part_directory": synced}
+    settings["ttl_only_drop_parts"] = 1
+    if options.cluster:
+        settings["replicated_deduplication_window"] = _TOKENS
+    elif options.server:
+        settings["non_replicated_deduplication_window"] = _TOKENS
+    return ", ".join(f"{name} = {value}" for name, value in settings.items())
+
+
+# INSERTs whose tokens a table remembers: minutes of full load, for retries within seconds.
+_TOKENS: Final = 10_000
 
 
 def _order(table: str) -> str:
@@ -154,16 +206,20 @@ def _order(table: str) -> str:
     return f"{_ORDER[table]}, ver" if table in FACT_TABLES else _ORDER[table]
 
 
-def _add(table: str, columns: dict[str, str]) -> str:
+def _additions(table: str, columns: dict[str, str], options: TableOptions) -> list[str]:
     # A table of an older build lacks the statistics that came since; its rows have nulls there.
-    additions = (f"ADD COLUMN IF NOT EXISTS {name} {kind}" for name, kind in columns.items())
-    return f"ALTER TABLE {table} {', '.join(additions)}"
+    added = ", ".join(f"ADD COLUMN IF NOT EXISTS {name} {kind}" for name, kind in columns.items())
+    places = [options.held_in(table)]
+    if options.cluster:
+        places.append(f"{table} ON CLUSTER '{options.cluster}'")
+    return [f"ALTER TABLE {place} {added}" for place in places]
 
 
-def _retention(table: str, days: int) -> str:
+def _retention(table: str, options: TableOptions) -> str:
     # A date in the far future stands for "keep": a table without TTL refuses REMOVE TTL.
+    days = options.retention_days
     span = f"INTERVAL {days} DAY" if days else "INTERVAL 50 YEAR"
     return (
-        f"ALTER TABLE {table} MODIFY TTL received + {span} "
+        f"ALTER TABLE {options.held_in(table)} MODIFY TTL received + {span} "
         "SETTINGS materialize_ttl_after_modify = 0"
     )

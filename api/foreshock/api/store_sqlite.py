@@ -216,6 +216,11 @@ class SqliteStore(Store):
             writer.execute("DELETE FROM vocabulary WHERE ver > ?", (commit,))
         return removed
 
+    def discard_between(self, first: int, last: int) -> int:
+        """`discard_after` for the batches of these numbers, ends included; others may append."""
+        with self._transaction() as writer:
+            return _remove(writer, "ver BETWEEN ? AND ?", first, last)
+
     def _drop_before(self, received: int) -> None:
         with self._transaction() as writer:
             _remove(writer, "received < ?", received)
@@ -404,9 +409,9 @@ def _owner(rows: pa.Table) -> tuple[int, str]:
     return rows["ver"][0].as_py(), rows["run_id"][0].as_py()
 
 
-def _remove(writer: sqlite3.Connection, which: str, value: int) -> int:
+def _remove(writer: sqlite3.Connection, which: str, *values: int) -> int:
     batches = writer.execute(
-        f"SELECT ver, run_id, first_step, last_step FROM appended WHERE {which}", (value,)
+        f"SELECT ver, run_id, first_step, last_step FROM appended WHERE {which}", values
     ).fetchall()
     removed = 0
     for ver, run_id, first, last in batches:
@@ -415,5 +420,5 @@ def _remove(writer: sqlite3.Connection, which: str, value: int) -> int:
                 f"DELETE FROM {table} WHERE run_id = ? AND step BETWEEN ? AND ? AND ver = ?",
                 (run_id, first, last, ver),
             ).rowcount
-    writer.execute(f"DELETE FROM appended WHERE {which}", (value,))
+    writer.execute(f"DELETE FROM appended WHERE {which}", values)
     return removed

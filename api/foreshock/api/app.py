@@ -32,6 +32,7 @@ from foreshock.api.routes import (
     forecast,
     health,
     heatmap,
+    incident,
     metrics,
     page,
     records,
@@ -135,7 +136,7 @@ def _on_database_error(_: Request, error: Exception) -> Response:
 def _api_router() -> APIRouter:
     router = APIRouter(prefix="/api/v1", dependencies=[DECLARED])
     stored = (runs, batches, series, heatmap, records)
-    for module in (*stored, risk, diagnosis, alerts, events, forecast, tokens, audit):
+    for module in (*stored, risk, diagnosis, alerts, events, forecast, incident, tokens, audit):
         router.include_router(module.router)
     return router
 

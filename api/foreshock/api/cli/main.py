@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from foreshock.api.cli import collect, data, demo, fit, score, serve, sweep, train
+from foreshock.api.cli import collect, data, demo, fit, incident, score, serve, sweep, train
 
 __all__ = ["app", "run"]
 
@@ -27,6 +27,7 @@ collect.register(app)
 data.register(app)
 score.register(app)
 fit.register(app)
+incident.register(app)
 sweep.register(app)
 train.register(app)
 

@@ -276,6 +276,24 @@ class Client(AccessCalls):
         causes = tuple(Cause.read(cause) for cause in body["causes"])
         return Diagnosis(step=body["step"], causes=causes)
 
+    @operation("get_run_incident")
+    def save_incident(
+        self, run: str, step: int, target: Path, *, attempt: int | None = None
+    ) -> int:
+        """Write the archive of an incident: a page that opens anywhere, and the records.
+
+        Args:
+            run: run_id, or the name.
+            step: What it is about.
+            target: A .zip, there whole or not at all.
+            attempt: Default: the highest that holds the step.
+
+        Returns:
+            Its size in bytes.
+        """
+        query = {"step": step, "attempt": attempt}
+        return self._save(path_of(run, "/incident"), target, query)
+
     @operation("post_forecast")
     def forecast(self, records: pa.Table | Iterable[StepRecord]) -> list[RunRisk]:
         """Score records of one run without keeping them: one risk per record, in order."""

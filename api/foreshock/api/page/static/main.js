@@ -142,6 +142,7 @@ function open(run) {
   for (const id of ["message", "signin"]) show(id, false);
   show("view", true);
   panels.heading(run, null);
+  panels.incident(run, []);
   panels.tiles(null);
   page.last = never();
   page.busy = idle();
@@ -191,6 +192,7 @@ async function fast(run, current) {
   if (alarms.length !== page.alarms.length) page.due.heat = true; // the heatmap marks them too
   page.alarms = alarms;
   panels.alerts(alerts, judge);
+  panels.incident(page.run, alarms);
   panels.heading(page.run, risk);
   panels.tiles(risk);
   panels.reasons(risk);

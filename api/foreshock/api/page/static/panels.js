@@ -2,6 +2,7 @@
 
 import { $, ago, contentOr, el, percent, pill, short } from "./dom.js";
 import { number } from "./api.js";
+import { incidentPath } from "./wire.js";
 
 const CAUSES = {
   learning_rate: "Learning rate",
@@ -55,6 +56,16 @@ export function heading(run, risk) {
   $("facts").textContent = facts.join("  ·  ");
   const kind = risk?.kind && risk.state !== "ok" ? el("span", { class: "quiet" }, `${risk.kind} `) : null;
   $("alarm").replaceChildren(...[kind, pill(risk?.state ?? run.state, true)].filter(Boolean));
+}
+
+/** What happened around the alarm, or around now, as a file for somebody without this service. */
+export function incident(run, alarms) {
+  const step = alarms.at(0)?.step ?? run.lastStep;
+  const known = step !== null && step !== undefined;
+  $("incident").hidden = !known;
+  if (!known) return;
+  $("incident").href = incidentPath(run, step);
+  $("incident").title = `2,000 steps around step ${grouped(step)}: a page that opens anywhere, and the records`;
 }
 
 const answered = (risk) => Object.values(risk?.probability ?? {}).some((value) => value !== null);

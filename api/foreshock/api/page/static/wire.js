@@ -11,6 +11,7 @@ export const ROLES = ["input", "weight", "grad_output"];
 const POINTS = 800; // points per line: about one per pixel
 const path = (run, tail = "") => `/runs/${run.id}${tail}`;
 
+export const incidentPath = (run, step) => `/api/v1${path(run, "/incident")}?${new URLSearchParams({ step })}`;
 export const eventsPath = (run) => `/api/v1${path(run, "/events")}`;
 
 /** What a part answers that this service may not have; a run that is gone still fails elsewhere. */

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from dashboards.rules import ENDED_AFTER, SILENT_AFTER, rules
+from dashboards.rules import rules
 
 __all__ = ["rule_tests"]
 
@@ -89,7 +89,7 @@ def _quiet() -> dict[str, Any]:
             _series("foreshock_alert_firing", "0x30", **_RUN, kind="forecast"),
             _series("foreshock_alert_firing", "0x30", **_RUN, kind="detection"),
             _series("foreshock_divergence_risk_ratio", "0.02x30", **_RUN, horizon="100"),
-            _series("foreshock_last_record_timestamp_seconds", "0+60x30", **_RUN),
+            _series("foreshock_alert_firing", "0x30", **_RUN, kind="silence"),
             _series("foreshock_records_dropped_total", "3x30", **_RUN),
         ],
         "alert_rule_test": [_at("25m", name) for name in names],
@@ -97,23 +97,15 @@ def _quiet() -> dict[str, Any]:
 
 
 def _silent() -> dict[str, Any]:
-    late = SILENT_AFTER // 60 + 1
-    ended = ENDED_AFTER // 60 + 1
-    said = {
-        "summary": "llama-1b: no records",
-        "description": "llama-1b (project default) has sent nothing for "
-        f"{late}m 0s: it ended, hangs, or cannot reach the service.",
-    }
     return {
-        "name": "a silent run fires until it counts as ended",
+        "name": "a silent run fires for as long as the service says so",
         "interval": "1m",
-        "input_series": [
-            _series("foreshock_last_record_timestamp_seconds", f"0x{ended + 5}", **_RUN)
-        ],
+        "input_series": [_series("foreshock_alert_firing", "0 1 1 1 0", **_RUN, kind="silence")],
         "alert_rule_test": [
-            _at(f"{late - 2}m", "TrainingRunSilent"),
-            _at(f"{late}m", "TrainingRunSilent", _expected("TrainingRunSilent", _RUN, said)),
-            _at(f"{ended}m", "TrainingRunSilent"),
+            _at("0m", "TrainingRunSilent"),
+            _at("2m", "TrainingRunSilent", _expected("TrainingRunSilent", _RUN)),
+            _at("2m", "TrainingDivergenceRisk"),
+            _at("5m", "TrainingRunSilent"),
         ],
     }
 

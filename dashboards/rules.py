@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from foreshock.api.alert_log import ALERT_NAMES, SEVERITIES
+from foreshock.api.alert_log import ALERT_NAMES, SEVERITIES, AlertKind
 from foreshock.api.exposition import METRICS
-from foreshock.monitor.record import RiskKind
 
 __all__ = [
-    "ENDED_AFTER",
     "RUNBOOK",
     "SCRAPE_INTERVAL",
-    "SILENT_AFTER",
     "alertmanager_config",
     "prometheus_config",
     "rules",
@@ -27,11 +24,6 @@ RUNBOOK: Final = "dashboards/runbook.md"
 """Start of every runbook link: set it to where your people read the file."""
 
 SCRAPE_INTERVAL: Final = "5s"
-SILENT_AFTER: Final = 600
-"""Seconds without a record before a run counts as silent; longer than a checkpoint or an
-evaluation usually takes."""
-ENDED_AFTER: Final = 7200
-"""Seconds without a record after which a silent run is taken for ended, and the alert resolves."""
 
 
 def _alert(
@@ -50,7 +42,7 @@ def _alert(
     }
 
 
-def _firing(kind: RiskKind, summary: str, description: str) -> dict[str, Any]:
+def _firing(kind: AlertKind, summary: str, description: str) -> dict[str, Any]:
     """The rule for what the service alerts on too: same name, same labels, so one notification.
 
     It follows the service's state and holds no threshold of its own: that comes with the
@@ -71,9 +63,7 @@ def rules() -> dict[str, Any]:
     recorded = [
         _recorded("project_run_horizon", "foreshock_divergence_risk_ratio"),
         _recorded("project_run_kind", "foreshock_alert_firing"),
-        _recorded("project_run", "foreshock_last_record_timestamp_seconds"),
     ]
-    age = "(time() - project_run:foreshock_last_record_timestamp_seconds:max)"
     alerts = [
         _firing(
             "forecast",
@@ -87,13 +77,12 @@ def rules() -> dict[str, Any]:
             "The loss of {{ $labels.run }} (project {{ $labels.project }}) is rising for good, or "
             "is not finite.",
         ),
-        _alert(
-            "TrainingRunSilent",
-            f"{age} > {SILENT_AFTER} < {ENDED_AFTER}",
-            "info",
+        _firing(
+            "silence",
             "{{ $labels.run }}: no records",
-            "{{ $labels.run }} (project {{ $labels.project }}) has sent nothing for "
-            "{{ $value | humanizeDuration }}: it ended, hangs, or cannot reach the service.",
+            "{{ $labels.run }} (project {{ $labels.project }}) has sent nothing for far longer "
+            "than it usually does, and did not say that it is over: it died, hangs, or cannot "
+            "reach the service.",
         ),
         _alert(
             "TrainingRecordsDropped",

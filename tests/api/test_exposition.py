@@ -98,6 +98,7 @@ def test_firing_alerts_are_those_of_the_log_whether_the_run_is_live_or_not() -> 
         'foreshock_alert_firing{kind="detection",project="default",run="gone"} 1.0',
         'foreshock_alert_firing{kind="detection",project="default",run="llama"} 0.0',
         'foreshock_alert_firing{kind="forecast",project="default",run="llama"} 1.0',
+        'foreshock_alert_firing{kind="silence",project="default",run="llama"} 0.0',
     ]
 
 

@@ -19,6 +19,7 @@ from foreshock.api.live import LiveAnalysis, LiveParts
 from foreshock.api.live_run import HOLD_SECONDS, RunAnalysis
 from foreshock.api.registry import LaunchRequest, Registry
 from foreshock.api.scoring_workers import InlineScoring, Scoring
+from foreshock.api.silence import SilenceWatch
 from foreshock.api.stream import EventStream
 from foreshock.monitor.record import SCHEMA, Event, records_to_table
 from tests.api.live_helpers import SUBJECT, ScriptedScorer, record, table_of, wait_until
@@ -84,6 +85,7 @@ class World:
         request = LaunchRequest(project="default", run="llama", launch_id="1" * 32)
         self.run_id, _, _ = self.registry.launch(request)
         self.log = AlertLog(self.registry)
+        self.watch = SilenceWatch()
 
     def new_scorer(self) -> ScriptedScorer:
         self.scorers.append(ScriptedScorer(fail_at=self.fail_at))
@@ -103,6 +105,7 @@ class World:
             stream=self.stream,
             tally=self.tally,
             scoring=scoring or InlineScoring(self.new_scorer),
+            watch=self.watch,
             diagnose=lambda *where: self.diagnose(*where),
             alerted=lambda: None,
         )

@@ -19,6 +19,7 @@ import yaml
 from dashboards.build import FOLDER, PanelQuery, panel_queries, run_dashboard
 from dashboards.rules import prometheus_config
 
+from foreshock.api.alert_log import ALERT_NAMES
 from foreshock.api.exposition import LAYER_STATISTICS
 from foreshock.monitor.record import Event, StepRecord, decode_number
 from tests.dashboards.service import Service, running_service
@@ -125,6 +126,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Generator[Seen]:
         feed(run, prometheus, 30)
         early = look(prometheus, service)
         feed(run, prometheus, 90, dropped=7)
+        # It waits for its causes, and the rule for the next evaluation.
+        alert = ALERT_NAMES["forecast"], "firing"
+        wait("the alert", lambda: alert in prometheus.alerts())
         late = look(prometheus, service)
         alerts = prometheus.alerts()
         sent = service.client.get("/metrics").text

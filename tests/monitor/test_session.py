@@ -293,6 +293,7 @@ def test_events_stand_in_the_step_that_follows(
     assert [(e.kind, e.detail) for e in second.events] == [
         ("data_switch", "prose to code"),
         ("checkpoint", "last"),
+        ("end", None),
     ]
 
 

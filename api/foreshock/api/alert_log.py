@@ -14,14 +14,16 @@ from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 
+from foreshock.api.alert_tables import alerts, deliveries
 from foreshock.api.registry import Registry, metadata
-from foreshock.monitor.record import HORIZONS, Risk, RiskKind, decode_number, encode_number
+from foreshock.monitor.record import HORIZONS, Risk, decode_number, encode_number
 
 __all__ = [
     "ALERT_NAMES",
     "SEVERITIES",
     "Alert",
     "AlertContent",
+    "AlertKind",
     "AlertLog",
     "AlertSubject",
     "LoggedState",
@@ -33,52 +35,22 @@ __all__ = [
 LoggedState = Literal["pending", "firing", "resolved"]
 Transition = Literal["firing", "resolved"]
 
-ALERT_NAMES: Final[Mapping[RiskKind, str]] = {
+AlertKind = Literal["forecast", "detection", "silence"]
+"""The kinds of risk, and a run that sends nothing any more."""
+
+ALERT_NAMES: Final[Mapping[AlertKind, str]] = {
     "forecast": "TrainingDivergenceRisk",
     "detection": "TrainingLossDiverging",
+    "silence": "TrainingRunSilent",
 }
 """Kind to alertname; the Prometheus rules carry the same names."""
 
-SEVERITIES: Final[Mapping[RiskKind, str]] = {"forecast": "warning", "detection": "critical"}
-
-alerts: Final = sa.Table(
-    "alerts",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("run_id", sa.String, nullable=False, index=True),
-    sa.Column("project", sa.String, nullable=False),
-    sa.Column("run", sa.String, nullable=False),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("kind", sa.String, nullable=False),
-    sa.Column("state", sa.String, nullable=False, index=True),
-    sa.Column("opened_step", sa.BigInteger, nullable=False),
-    sa.Column("fired_step", sa.BigInteger),
-    sa.Column("resolved_step", sa.BigInteger),
-    sa.Column("starts_at", sa.DateTime, nullable=False),
-    sa.Column("ends_at", sa.DateTime),
-    sa.Column("end_reason", sa.String),
-    sa.Column("content", sa.Text, nullable=False),
-    sa.Column("correct", sa.Boolean),
-    sa.Column("note", sa.Text),
-    # Scoring the same records again (a crash before the risk rows were stored) finds the same row.
-    sa.UniqueConstraint("run_id", "attempt", "kind", "opened_step"),
-)
-
-deliveries: Final = sa.Table(
-    "alert_deliveries",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("alert_id", sa.ForeignKey("alerts.id"), nullable=False),
-    sa.Column("channel", sa.String, nullable=False, index=True),
-    sa.Column("transition", sa.String, nullable=False),
-    sa.Column("tries", sa.Integer, nullable=False, default=0),
-    sa.Column("created_at", sa.DateTime, nullable=False),
-    sa.Column("next_try_at", sa.DateTime, nullable=False),
-    sa.Column("delivered_at", sa.DateTime),
-    sa.Column("abandoned_at", sa.DateTime),
-    sa.Column("error", sa.Text),
-    sa.UniqueConstraint("alert_id", "channel", "transition"),
-)
+SEVERITIES: Final[Mapping[AlertKind, str]] = {
+    "forecast": "warning",
+    "detection": "critical",
+    "silence": "warning",
+}
+_OF_RISK: Final[tuple[AlertKind, ...]] = ("forecast", "detection")
 
 
 class UnknownAlert(LookupError):
@@ -131,7 +103,7 @@ class Alert:
     Attributes:
         id: Number of the row.
         subject: Whose it is.
-        kind: forecast or detection.
+        kind: forecast, detection or silence.
         state: pending, firing or resolved.
         opened_step, fired_step, resolved_step: Steps of the transitions.
         starts_at, ends_at: Wall-clock times (UTC) of firing (opening while pending) and resolving.
@@ -142,7 +114,7 @@ class Alert:
 
     id: int
     subject: AlertSubject
-    kind: RiskKind
+    kind: AlertKind
     state: LoggedState
     opened_step: int
     fired_step: int | None
@@ -187,7 +159,7 @@ class AlertLog:
         self._registry = registry
         self._channels = tuple(channels)
         self._lock = threading.Lock()
-        self._open: dict[_Key, dict[RiskKind, _Open]] = {}
+        self._open: dict[_Key, dict[AlertKind, _Open]] = {}
         with registry.write() as connection:
             metadata.create_all(connection, tables=[alerts, deliveries])
             for row in connection.execute(sa.select(alerts).where(alerts.c.state != "resolved")):
@@ -221,22 +193,44 @@ class AlertLog:
             The alerts that changed.
         """
         with self._lock:
-            found = self._open.get((subject.run_id, subject.attempt), {})
             if risk.state in ("ok", "resolved"):
-                return self._settle(subject, risk.step, "risk is back to normal") if found else ()
-            kind: RiskKind = risk.kind or "forecast"
+                return self._settle(subject, risk.step, "risk is back to normal", _OF_RISK)
+            kind: AlertKind = risk.kind or "forecast"
             if self._known(subject, risk):
                 return ()
             if risk.state == "firing":
                 content = explain()
             else:
                 content = AlertContent(step=risk.step, probability=risk.probability)
-            return self._advance(subject, kind, risk, content)
+            state: LoggedState = "firing" if risk.state == "firing" else "pending"
+            return self._advance(subject, kind, state, content)
 
     def close(self, subject: AlertSubject, step: int, reason: str) -> tuple[Alert, ...]:
         """End the open alerts of an attempt, e.g. because a newer attempt has begun."""
         with self._lock:
-            return self._settle(subject, step, reason)
+            return self._settle(subject, step, reason, tuple(ALERT_NAMES))
+
+    def silence(self, subject: AlertSubject, step: int) -> tuple[Alert, ...]:
+        """A run fell silent after this step."""
+        with self._lock:
+            if "silence" in self._open.get((subject.run_id, subject.attempt), {}):
+                return ()
+            return self._advance(subject, "silence", "firing", AlertContent(step=step))
+
+    def end_silence(self, subject: AlertSubject, step: int, reason: str) -> tuple[Alert, ...]:
+        """The run is back, or ended properly."""
+        with self._lock:
+            return self._settle(subject, step, reason, ("silence",))
+
+    def delete(self, run_id: str) -> None:
+        """Forget every alert of a run, and the messages about them."""
+        with self._lock:
+            for key in [key for key in self._open if key[0] == run_id]:
+                del self._open[key]
+            mine = sa.select(alerts.c.id).where(alerts.c.run_id == run_id)
+            with self._registry.write() as connection:
+                connection.execute(sa.delete(deliveries).where(deliveries.c.alert_id.in_(mine)))
+                connection.execute(sa.delete(alerts).where(alerts.c.run_id == run_id))
 
     def has_open(self, run_id: str, attempt: int) -> bool:
         """Whether an alert of the attempt is pending or firing."""
@@ -248,7 +242,12 @@ class AlertLog:
         with self._lock:
             return tuple(self._open)
 
-    def firing(self) -> frozenset[tuple[str, str, RiskKind]]:
+    def open_kinds(self) -> tuple[tuple[str, int, AlertKind], ...]:
+        """run_id, attempt and kind of every pending or firing alert."""
+        with self._lock:
+            return tuple((*key, kind) for key, kinds in self._open.items() for kind in kinds)
+
+    def firing(self) -> frozenset[tuple[str, str, AlertKind]]:
         """Project, run and kind of every alert that is firing."""
         with self._lock:
             return frozenset(
@@ -259,19 +258,19 @@ class AlertLog:
             )
 
     def _advance(
-        self, subject: AlertSubject, kind: RiskKind, risk: Risk, content: AlertContent
+        self, subject: AlertSubject, kind: AlertKind, state: LoggedState, content: AlertContent
     ) -> tuple[Alert, ...]:
-        state: LoggedState = "firing" if risk.state == "firing" else "pending"
+        step = content.step
         found = self._open.setdefault((subject.run_id, subject.attempt), {})
         known = found.get(kind)
         now = _now()
         values: dict[str, Any] = {"state": state, "starts_at": now, "content": _dump(content)}
         if state == "firing":
-            values["fired_step"] = risk.step
+            values["fired_step"] = step
         with self._registry.write() as connection:
             if known is None:
-                values |= asdict(subject) | {"kind": kind, "opened_step": risk.step}
-                replayed = _existing(connection, subject, kind, risk.step)
+                values |= asdict(subject) | {"kind": kind, "opened_step": step}
+                replayed = _existing(connection, subject, kind, step)
                 if replayed is not None:
                     found[kind] = _Open(replayed.id, replayed.state, subject)
                     return ()
@@ -285,8 +284,15 @@ class AlertLog:
         found[kind] = _Open(known.id, state, subject)
         return (_alert(row),)
 
-    def _settle(self, subject: AlertSubject, step: int, reason: str) -> tuple[Alert, ...]:
-        found = self._open.pop((subject.run_id, subject.attempt), {})
+    def _settle(
+        self, subject: AlertSubject, step: int, reason: str, kinds: Sequence[AlertKind]
+    ) -> tuple[Alert, ...]:
+        of_attempt = self._open.get((subject.run_id, subject.attempt), {})
+        found = {kind: of_attempt.pop(kind) for kind in kinds if kind in of_attempt}
+        if not found:
+            return ()
+        if not of_attempt:
+            del self._open[subject.run_id, subject.attempt]
         changed = []
         now = _now()
         with self._registry.write() as connection:

@@ -53,6 +53,8 @@ def summary(alert: Alert, transition: Transition) -> str:
     """One line for a person."""
     if transition == "resolved":
         return f"{alert.subject.run}: {alert.end_reason or 'over'} (step {alert.resolved_step})"
+    if alert.kind == "silence":
+        return f"{alert.subject.run}: no records since step {alert.content.step}"
     if alert.kind == "detection":
         return f"{alert.subject.run}: the loss is diverging at step {alert.content.step}"
     lead = alert.content.expected_lead

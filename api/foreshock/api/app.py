@@ -43,6 +43,7 @@ from foreshock.api.routes import (
 )
 from foreshock.api.services import Latest, Live, Services
 from foreshock.api.settings import Settings
+from foreshock.api.silence import RunState
 from foreshock.api.store import Limits, Store, StoreBusy, StoreError
 from foreshock.api.store_open import open_store
 from foreshock.api.store_url import ServersPlace
@@ -69,6 +70,20 @@ class NoLive:
         """Do nothing."""
 
     def latest(self, run_id: str) -> Latest | None:
+        """Know nothing."""
+        return None
+
+    def state(self, run_id: str) -> RunState | None:
+        """Know nothing."""
+        return None
+
+    def ended(self, run_id: str) -> None:
+        """Do nothing."""
+
+    def delete(self, run_id: str) -> None:
+        """Do nothing."""
+
+    def clock_skew(self, run_id: str) -> float | None:
         """Know nothing."""
         return None
 

@@ -21,7 +21,8 @@ import apprise
 import httpx
 import sqlalchemy as sa
 
-from foreshock.api.alert_log import Alert, AlertLog, Transition, deliveries
+from foreshock.api.alert_log import Alert, AlertLog, Transition
+from foreshock.api.alert_tables import deliveries
 from foreshock.api.alert_text import alert_annotations, alert_labels, page_link
 from foreshock.api.registry import Registry
 

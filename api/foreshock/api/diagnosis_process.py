@@ -1,6 +1,6 @@
 """Diagnosis in a process of its own: it looks at 128,000 tensors at once, and may take seconds.
 
-One at a time; the process is started with the first question. Reads no store.
+One question at a time. Reads no store.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class DiagnosisProcess:
         self._lock = threading.Lock()
         self._started = False
 
+    def start(self) -> None:
+        """Start the process before the first question, which would have to wait for it."""
+        with self._lock:
+            self._begin()
+
     def stop(self) -> None:
         """End the process."""
         with self._lock:
@@ -59,11 +64,14 @@ class DiagnosisProcess:
                 return self._asked(sink.getbuffer())
 
     def _asked(self, body: memoryview) -> tuple[Cause, ...]:
+        self._begin()
+        self._process.send(None, body)
+        return tuple(self._process.receive())
+
+    def _begin(self) -> None:
         if not self._started:
             self._process.start()
             self._started = True
-        self._process.send(None, body)
-        return tuple(self._process.receive())
 
 
 def _serve(pipe: Connection, _: Any) -> None:

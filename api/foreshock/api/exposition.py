@@ -23,8 +23,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from foreshock.api.alert_log import AlertKind
 from foreshock.api.columns import TensorLayout
-from foreshock.monitor.record import Risk, RiskKind, StatisticColumns
+from foreshock.api.silence import RunState
+from foreshock.monitor.record import Risk, StatisticColumns
 
 __all__ = [
     "LAYER_STATISTICS",
@@ -38,10 +40,10 @@ __all__ = [
 ]
 
 MetricKind = Literal["gauge", "counter", "histogram"]
-FiringAlert = tuple[str, str, RiskKind]
+FiringAlert = tuple[str, str, AlertKind]
 """Project, run and kind of an alert that is firing."""
 
-ALERT_KINDS: Final[tuple[RiskKind, ...]] = ("forecast", "detection")
+ALERT_KINDS: Final[tuple[AlertKind, ...]] = ("forecast", "detection", "silence")
 
 TOP_LAYERS: Final = 5
 """Layers by name per run, role and statistic."""
@@ -118,6 +120,24 @@ _RUN_METRICS: Final = (
         "foreshock_last_record_timestamp_seconds", "gauge", "When the newest step ended", _RUN
     ),
     MetricSpec(
+        "foreshock_last_received_timestamp_seconds",
+        "gauge",
+        "When the run was heard of last, on the service's clock",
+        _RUN,
+    ),
+    MetricSpec(
+        "foreshock_clock_skew_seconds",
+        "gauge",
+        "How far the run's clock is behind the service's; late delivery looks like it",
+        _RUN,
+    ),
+    MetricSpec(
+        "foreshock_run_state",
+        "gauge",
+        "1 for what the run is doing (live, stale, finished), 0 for the others",
+        (*_RUN, "state"),
+    ),
+    MetricSpec(
         "foreshock_monitor_overhead_ratio", "gauge", "Share of step time spent monitoring", _RUN
     ),
     MetricSpec(
@@ -129,7 +149,7 @@ _RUN_METRICS: Final = (
     MetricSpec(
         "foreshock_alert_firing",
         "gauge",
-        "1 while the run's alert of this kind (forecast, detection) is firing",
+        "1 while the run's alert of this kind (forecast, detection, silence) is firing",
         (*_RUN, "kind"),
     ),
     MetricSpec(
@@ -190,6 +210,8 @@ METRICS: Final[Mapping[str, MetricSpec]] = {
 }
 """Every metric of the service, by name."""
 
+_STATES: Final[tuple[RunState, ...]] = ("live", "stale", "finished")
+
 _SCALAR_METRICS: Final = {
     "foreshock_loss": "loss",
     "foreshock_gradient_norm": "grad_norm",
@@ -213,6 +235,9 @@ class RunReading:
         dropped: Records the monitor said it dropped.
         layout: The tensors that were measured last; None before the first.
         statistics: Their statistics, one value per row of the layout.
+        state: What the run is doing; None if it is not watched.
+        received: When it was heard of last, seconds since 1970 on the service's clock.
+        clock_skew: Seconds its clock is behind.
     """
 
     project: str
@@ -224,6 +249,9 @@ class RunReading:
     dropped: float = 0.0
     layout: TensorLayout | None = None
     statistics: StatisticColumns | None = None
+    state: RunState | None = None
+    received: float | None = None
+    clock_skew: float | None = None
 
 
 @dataclass(slots=True)
@@ -406,6 +434,7 @@ def _run_samples(reading: RunReading) -> Iterator[tuple[str, tuple[str, ...], fl
     yield "foreshock_step", (), float(reading.step)
     yield "foreshock_last_record_timestamp_seconds", (), reading.time
     yield "foreshock_records_dropped_total", (), reading.dropped
+    yield from _presence_samples(reading)
     for name, scalar in _SCALAR_METRICS.items():
         if scalar in reading.scalars:
             yield name, (), reading.scalars[scalar]
@@ -417,6 +446,16 @@ def _run_samples(reading: RunReading) -> Iterator[tuple[str, tuple[str, ...], fl
             yield "foreshock_alert_state", (state,), float(reading.risk.state == state)
     if reading.layout is not None and reading.statistics is not None:
         yield from _tensor_samples(reading.layout, reading.statistics)
+
+
+def _presence_samples(reading: RunReading) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    if reading.received is not None:
+        yield "foreshock_last_received_timestamp_seconds", (), reading.received
+    if reading.clock_skew is not None:
+        yield "foreshock_clock_skew_seconds", (), reading.clock_skew
+    if reading.state is not None:
+        for doing in _STATES:
+            yield "foreshock_run_state", (doing,), float(reading.state == doing)
 
 
 def _tensor_samples(

@@ -34,6 +34,7 @@ from foreshock.api.store_rows import BatchFacts, Placed, place, split
 __all__ = [
     "BatchConflict",
     "CommitListener",
+    "Gone",
     "Incoming",
     "Ingest",
     "IngestLimits",
@@ -49,6 +50,10 @@ _log = logging.getLogger(__name__)
 
 class BatchConflict(Exception):
     """The id of a batch was used before for other contents."""
+
+
+class Gone(Exception):
+    """The run of the batch was deleted while the batch waited."""
 
 
 class Refused(ValueError):
@@ -145,9 +150,13 @@ class _Plan:
 
         Raises:
             BatchConflict: Its id was used for other contents.
+            Gone: Its run was deleted.
             Refused: It can never be stored.
         """
         batch = job.batch
+        owner = self._registry.launch_owner(batch.key.launch_id)
+        if owner is None or owner.run_id != batch.run_id:
+            raise Gone("its run was deleted; POST /api/v1/runs, then retry")
         earlier = self._earlier(batch.key)
         if earlier is not None:
             if earlier.digest != batch.digest:
@@ -261,6 +270,7 @@ class Ingest:
         self._queue: queue.Queue[_Job | None] = queue.Queue(self._limits.queue_batches)
         self._waiting_bytes = 0
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="foreshock-ingest", daemon=True)
 
@@ -271,6 +281,9 @@ class Ingest:
             StoreError: The store does not work.
         """
         self._commits.start()
+        for run_id in self._registry.deleted():
+            self._store.delete_run(run_id)
+            self._registry.facts_removed(run_id)
         self._thread.start()
 
     def stop(self) -> None:
@@ -342,6 +355,20 @@ class Ingest:
             self._waiting_bytes += batch.table.nbytes
         return job.future
 
+    def delete(self, run_id: str) -> None:
+        """Delete a run: no batch of it is taken any more, and its facts are gone on return.
+
+        Raises:
+            StoreError: The facts could not all be removed; the next start removes them.
+            SQLAlchemyError: The registry could not be written; nothing has happened.
+        """
+        # Between two groups of the writer: none may have a batch of the run in hand.
+        with self._writing:
+            self._registry.delete(run_id)
+            self._ledger.forget()
+        self._store.delete_run(run_id)
+        self._registry.facts_removed(run_id)
+
     # The writer thread
 
     def _run(self) -> None:
@@ -371,9 +398,12 @@ class Ingest:
 
     def _settle(self, jobs: Sequence[_Job]) -> None:
         """Store a group; if that fails, each batch on its own, so that one cannot hold the rest."""
-        error = _guarded(lambda: self._store_group(jobs))
+        with self._writing:
+            error = _guarded(lambda: self._store_group(jobs))
         if error is None:
             return
+        # Another replica may have deleted a run that is remembered here.
+        self._registry.forget()
         if len(jobs) > 1:
             for job in jobs:
                 self._settle([job])
@@ -394,7 +424,7 @@ class Ingest:
                     continue
                 try:
                     plan.add(job)
-                except (BatchConflict, Refused) as error:
+                except (BatchConflict, Gone, Refused) as error:
                     job.future.set_exception(error)
             if plan.planned:
                 self._store.append(plan.rows())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -78,6 +78,18 @@ class Ledger:
         query = sa.select(sa.func.count()).where(batches.c.run_id == run_id)
         with self._registry.engine.begin() as connection:
             return int(connection.execute(query).scalar_one())
+
+    def newest_received(self, run_id: str, count: int) -> list[datetime]:
+        """When the newest batches of a run came in, oldest first."""
+        query = (
+            sa.select(batches.c.received_at)
+            .where(batches.c.run_id == run_id)
+            .order_by(batches.c.commit.desc())
+            .limit(count)
+        )
+        with self._registry.engine.begin() as connection:
+            found = [row.received_at for row in connection.execute(query)]
+        return [time.replace(tzinfo=UTC) for time in reversed(found)]
 
     def find(self, key: BatchKey) -> LedgerEntry | None:
         """The entry of a batch, or None if it is not acknowledged."""

@@ -12,8 +12,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from typing import Final, Protocol
 
@@ -25,10 +25,12 @@ from foreshock.api.diagnosis import Cause
 from foreshock.api.exposition import RunReading, ServiceTally
 from foreshock.api.live_alerts import AlertFollower
 from foreshock.api.live_run import Latest, RunAnalysis
+from foreshock.api.live_silence import RunSilence
 from foreshock.api.registry import Registry
 from foreshock.api.risks import risk_document, risk_table
 from foreshock.api.scoring import RunKey, Scored
 from foreshock.api.scoring_workers import Scoring
+from foreshock.api.silence import SilenceWatch
 from foreshock.api.stream import EventStream
 from foreshock.monitor.record import Risk, encode_number
 
@@ -45,9 +47,6 @@ of its slowest mean. A shorter attempt is scored anew from its start, to the sam
 
 IDLE_SECONDS: Final = 900.0
 """A run that sent nothing for so long leaves memory; it comes back with its next record."""
-
-STALE_ALERT: Final = timedelta(hours=6)
-"""An open alert of a run that sent nothing for so long ends."""
 
 _REQUEST_BYTES: Final = 64 * 1024 * 1024
 """Records that are scored in one request; more runs wait for the next one."""
@@ -93,6 +92,7 @@ class LiveParts:
         stream: Readers of events.
         tally: The service's counters.
         scoring: Where records are scored.
+        watch: Which runs are silent.
         diagnose: Causes as of (run_id, attempt, step).
         alerted: Called after the alert log changed; must return at once.
     """
@@ -103,6 +103,7 @@ class LiveParts:
     stream: EventStream
     tally: ServiceTally
     scoring: Scoring
+    watch: SilenceWatch
     diagnose: Callable[[str, int, int], tuple[Cause, ...]]
     alerted: Callable[[], None]
 
@@ -138,9 +139,11 @@ class LiveAnalysis:
         self._unsaved: dict[RunKey, list[tuple[datetime, Risk]]] = {}
         self._saved_at = time.monotonic()
         self._failed: dict[RunKey, float] = {}
+        self._gone: list[tuple[str, threading.Event]] = []
         self._swept_at = time.monotonic()
         self._working = False
         self._alerts = AlertFollower(parts.log, parts.diagnose, self._tell, self._failure)
+        self._silence = RunSilence(parts.watch, parts.registry, parts.log, self._tell)
 
     def start(self) -> None:
         """Start the thread; records that an earlier process did not score come first."""
@@ -151,6 +154,7 @@ class LiveAnalysis:
             scored = self._parts.store.last_risk_step(run.run_id, newest.number)
             if scored is None or scored < newest.last_step:
                 self._dirty.add((run.run_id, newest.number))
+        self._silence.recall()
         self._parts.scoring.start()
         self._thread.start()
 
@@ -172,6 +176,7 @@ class LiveAnalysis:
             table: Its records, of `SCHEMA`.
         """
         key = (run_id, attempt)
+        self._silence.heard(run_id, attempt, table)
         tally = self._parts.tally
         tally.add("foreshock_ingest_batches_total")
         tally.add("foreshock_ingest_records_total", table.num_rows)
@@ -190,6 +195,14 @@ class LiveAnalysis:
             tally.add("foreshock_analysis_rereads_total")
         self._wake.set()
 
+    def delete(self, run_id: str, seconds: float = 10.0) -> None:
+        """Forget a run that the registry does not know any more; waits for the thread to do so."""
+        done = threading.Event()
+        with self._lock:
+            self._gone.append((run_id, done))
+        self._wake.set()
+        done.wait(seconds)
+
     def latest(self, run_id: str) -> Latest | None:
         """The newest answer for a run in memory, of its highest attempt; None if it is not."""
         with self._lock:
@@ -205,9 +218,18 @@ class LiveAnalysis:
         for run in sorted(runs, key=lambda run: run.subject.attempt):
             reading = run.reading()
             if reading is not None:
-                newest[run.subject.run_id] = reading
+                newest[run.subject.run_id] = self._with_state(run.subject.run_id, reading)
         order = dict.fromkeys(run.subject.run_id for run in runs)
         return [newest[run_id] for run_id in order if run_id in newest]
+
+    def _with_state(self, run_id: str, reading: RunReading) -> RunReading:
+        watch = self._parts.watch
+        return replace(
+            reading,
+            state=watch.state(run_id, time.time()),
+            received=watch.received(run_id),
+            clock_skew=watch.skew(run_id),
+        )
 
     @property
     def queue_length(self) -> int:
@@ -247,6 +269,7 @@ class LiveAnalysis:
         """One round over queue and runs; whether there is more to do at once."""
         self._working = True
         now = time.monotonic()
+        self._drop_gone()
         taken, dirty = self._drain()
         active = {key for key, run in self._runs.items() if run.behind or run.pending}
         chosen: list[tuple[RunAnalysis, pa.Table]] = []
@@ -267,7 +290,7 @@ class LiveAnalysis:
         if now - self._swept_at > _SWEEP_SECONDS:
             self._swept_at = now
             self._forget(now)
-            self._close_stale()
+            self._silence.sweep()
         self._working = False
         return busy
 
@@ -281,6 +304,22 @@ class LiveAnalysis:
             self._queued_bytes -= sum(t.nbytes for tables in taken.values() for t in tables)
             dirty, self._dirty = self._dirty, set()
         return taken, dirty
+
+    def _drop_gone(self) -> None:
+        with self._lock:
+            gone, self._gone = self._gone, []
+            lost = {run_id for run_id, _ in gone}
+            self._dirty -= {key for key in self._dirty if key[0] in lost}
+            for key in [key for key in self._runs if key[0] in lost]:
+                del self._runs[key]
+                self._parts.scoring.forget(key)
+        for key in [key for key in self._unsaved if key[0] in lost]:
+            del self._unsaved[key]
+        for run_id, done in gone:
+            self._alerts.forget(run_id)
+            self._silence.forget(run_id)
+            self._parts.log.delete(run_id)
+            done.set()
 
     def _turns(self, key: RunKey) -> tuple[bool, float]:
         """Runs whose records are in memory first, then the one that has waited longest."""
@@ -448,18 +487,6 @@ class LiveAnalysis:
                     del self._runs[key]
                 self._failed.pop(key, None)
                 self._parts.scoring.forget(key)
-
-    def _close_stale(self) -> None:
-        for run_id, attempt in self._parts.log.open_attempts():
-            run = self._parts.registry.run(run_id)
-            if (run_id, attempt) in self._runs or run is None:
-                continue
-            newest = run.current
-            heard = (None if newest is None else newest.last_received) or run.created_at
-            if datetime.now(UTC) - heard > STALE_ALERT:
-                subject = AlertSubject(run_id, run.project, run.name, attempt)
-                reason = "the run has sent nothing since"
-                self._tell(self._parts.log.close(subject, run.highest_step or 0, reason))
 
 
 def _newer(attempt: int) -> str:

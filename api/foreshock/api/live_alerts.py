@@ -78,6 +78,11 @@ class AlertFollower:
         else:
             self._tell(self._log.follow(subject, risk, partial(_content, risk, ())))
 
+    def forget(self, run_id: str) -> None:
+        """A run is gone: what waits of it is not logged."""
+        for key in [key for key in self._waiting if key[0] == run_id]:
+            del self._waiting[key]
+
     def work(self) -> None:
         """Log what has its causes now."""
         for key, waiting in list(self._waiting.items()):

@@ -6,6 +6,7 @@ What the application starts, stops and asks; computes nothing itself.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from foreshock.api.registry import Registry
 from foreshock.api.scoring import Scorer, ShippedScorers
 from foreshock.api.scoring_workers import InlineScoring, Scoring, ScoringWorkers
 from foreshock.api.settings import Settings
+from foreshock.api.silence import RunState, SilenceSettings, SilenceWatch
 from foreshock.api.store import Store
 from foreshock.api.stream import EventStream
 from foreshock.api.windows import DIAGNOSIS_RECORDS, RunRecords
@@ -72,6 +74,9 @@ class LiveService:
         self._records = RunRecords(store)
         self.new_scorer = new_scorer or ShippedScorers()
         self._diagnosis = DiagnosisProcess()
+        self._watch = SilenceWatch(
+            SilenceSettings(factor=settings.stale_intervals, minimum=settings.stale_seconds)
+        )
         self.log = AlertLog(registry, [channel.name for channel in channels])
         self.stream = EventStream()
         self.tally = ServiceTally()
@@ -83,6 +88,7 @@ class LiveService:
             stream=self.stream,
             tally=self.tally,
             scoring=_scoring(settings, self.new_scorer),
+            watch=self._watch,
             diagnose=self.diagnose,
             alerted=self._delivery.wake,
         )
@@ -96,6 +102,7 @@ class LiveService:
 
     def start(self) -> None:
         """Start the threads."""
+        self._diagnosis.start()
         self._delivery.start()
         self._analysis.start()
 
@@ -113,6 +120,22 @@ class LiveService:
     def latest(self, run_id: str) -> Latest | None:
         """The newest answer for a run, None when it is not live."""
         return self._analysis.latest(run_id)
+
+    def state(self, run_id: str) -> RunState | None:
+        """What a run is doing; None if it was not heard of for hours."""
+        return self._watch.state(run_id, time.time())
+
+    def ended(self, run_id: str) -> None:
+        """Somebody says that a run is over."""
+        self._watch.ended(run_id)
+
+    def delete(self, run_id: str) -> None:
+        """Forget a run that the registry does not know any more, its alerts too."""
+        self._analysis.delete(run_id)
+
+    def clock_skew(self, run_id: str) -> float | None:
+        """Seconds that a run's clock seems to be behind the service's; negative: ahead."""
+        return self._watch.skew(run_id)
 
     @property
     def idle(self) -> bool:

@@ -20,7 +20,16 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from foreshock.api.database import Database
-from foreshock.api.registry_tables import attempts, launches, layers, metadata, runs
+from foreshock.api.registry_tables import (
+    attempts,
+    batches,
+    deleted_runs,
+    launches,
+    layers,
+    metadata,
+    run_ends,
+    runs,
+)
 
 __all__ = [
     "Attempt",
@@ -82,7 +91,10 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A run as the registry knows it; `layers` in model order."""
+    """A run as the registry knows it; `layers` in model order.
+
+    `ended` is the attempt and step at which it said that it is over, if it did.
+    """
 
     run_id: str
     project: str
@@ -93,6 +105,15 @@ class Run:
     tokens_per_step: int | None
     world_size: int | None
     attempts: tuple[Attempt, ...]
+    ended: tuple[int, int] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the newest record said that the run is over."""
+        current = self.current
+        if self.ended is None or current is None:
+            return False
+        return self.ended >= (current.number, current.last_step or 0)
 
     @property
     def current(self) -> Attempt | None:
@@ -271,7 +292,8 @@ class Registry:
             found: dict[str, list[Attempt]] = {}
             for row in connection.execute(sa.select(attempts).order_by(attempts.c.number)):
                 found.setdefault(row.run_id, []).append(_attempt(row))
-        return [_run(row, found.get(row.run_id, ())) for row in rows]
+            ends = {row.run_id: row for row in connection.execute(sa.select(run_ends))}
+        return [_run(row, found.get(row.run_id, ()), ends.get(row.run_id)) for row in rows]
 
     def run(self, run_id: str) -> Run | None:
         """One run, or None."""
@@ -281,7 +303,53 @@ class Registry:
                 return None
             query = sa.select(attempts).where(attempts.c.run_id == run_id)
             found = connection.execute(query.order_by(attempts.c.number)).all()
-        return _run(row, [_attempt(item) for item in found])
+            ends = sa.select(run_ends).where(run_ends.c.run_id == run_id)
+            end = connection.execute(ends).one_or_none()
+        return _run(row, [_attempt(item) for item in found], end)
+
+    def end_run(self, run_id: str, attempt: int, step: int) -> None:
+        """Note that a run said it is over; a later record takes it back."""
+        row = {"attempt": attempt, "step": step, "ended_at": datetime.now(UTC)}
+        with self.write() as connection:
+            mine = run_ends.c.run_id == run_id
+            if not connection.execute(run_ends.update().where(mine).values(**row)).rowcount:
+                connection.execute(run_ends.insert().values(run_id=run_id, **row))
+
+    def delete(self, run_id: str) -> None:
+        """Forget a run: its launches, attempts, layers and ledger rows, all or none.
+
+        Its facts become unreachable with it; `deleted` names them until they are removed.
+        """
+        with self.write() as connection:
+            for table in (batches, layers, attempts, launches, run_ends, runs):
+                connection.execute(table.delete().where(table.c.run_id == run_id))
+            connection.execute(deleted_runs.delete().where(deleted_runs.c.run_id == run_id))
+            row = {"run_id": run_id, "deleted_at": datetime.now(UTC)}
+            connection.execute(deleted_runs.insert().values(**row))
+        with self._lock:
+            gone = [k for k, owner in self._owners.items() if owner.run_id == run_id]
+            for launch_id in gone:
+                self._owners.pop(launch_id, None)
+            for key in [key for key in self._numbers if key[0] in gone]:
+                self._numbers.pop(key, None)
+            self._layer_ids.pop(run_id, None)
+
+    def forget(self) -> None:
+        """Drop what is kept in memory; it is read again."""
+        with self._lock:
+            self._owners.clear()
+            self._numbers.clear()
+            self._layer_ids.clear()
+
+    def deleted(self) -> list[str]:
+        """Deleted runs whose facts may still be in the store."""
+        with self.engine.begin() as connection:
+            return [row.run_id for row in connection.execute(sa.select(deleted_runs))]
+
+    def facts_removed(self, run_id: str) -> None:
+        """Nothing of a deleted run is left."""
+        with self.write() as connection:
+            connection.execute(deleted_runs.delete().where(deleted_runs.c.run_id == run_id))
 
     def layer_ids(self, run_id: str, names: Sequence[str]) -> dict[str, int]:
         """Ids of a run's layers, new ones made.
@@ -362,7 +430,7 @@ def _attempt(row: Any) -> Attempt:
     )
 
 
-def _run(row: Any, found: Sequence[Attempt]) -> Run:
+def _run(row: Any, found: Sequence[Attempt], end: Any = None) -> Run:
     return Run(
         run_id=row.run_id,
         project=row.project,
@@ -373,4 +441,5 @@ def _run(row: Any, found: Sequence[Attempt]) -> Run:
         tokens_per_step=row.tokens_per_step,
         world_size=row.world_size,
         attempts=tuple(found),
+        ended=None if end is None else (end.attempt, end.step),
     )

@@ -13,10 +13,12 @@ __all__ = [
     "attempts",
     "batches",
     "counters",
+    "deleted_runs",
     "launches",
     "layers",
     "metadata",
     "replicas",
+    "run_ends",
     "runs",
     "writes",
 ]
@@ -64,6 +66,23 @@ attempts: Final = sa.Table(
     sa.Column("last_loss", sa.String(32)),
     sa.UniqueConstraint("launch_id", "epoch"),
 )
+
+run_ends: Final = sa.Table(
+    "run_ends",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("runs.run_id"), primary_key=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("ended_at", _TIME, nullable=False),
+)
+
+deleted_runs: Final = sa.Table(
+    "deleted_runs",
+    metadata,
+    sa.Column("run_id", sa.String(32), primary_key=True),
+    sa.Column("deleted_at", _TIME, nullable=False),
+)
+"""Runs whose facts are still to be removed from the store."""
 
 layers: Final = sa.Table(
     "layers",

@@ -102,8 +102,9 @@ class RunBody(_Body):
     run_id: str
     project: str
     run: str
-    status: Literal["new", "live", "quiet"] = Field(
-        description="live = heard of within two minutes; new = no record yet."
+    status: Literal["new", "live", "stale", "finished"] = Field(
+        description="new = no record yet; stale = silent for far longer than it usually is; "
+        "finished = it said that it is over."
     )
     attempts: int = Field(description="How many attempts there are.")
     attempt: int | None = Field(description="The highest attempt that holds records.")
@@ -111,6 +112,11 @@ class RunBody(_Body):
     last_step: int | None = Field(description="Last step of that attempt.")
     created_at: datetime | None = None
     last_received: datetime | None
+    clock_skew_seconds: float | None = Field(
+        default=None,
+        description="How far the run's clock is behind the service's (negative: ahead); late "
+        "delivery looks like it. null = not heard of lately.",
+    )
     loss: Number = Field(description="Newest loss of that attempt.")
     state: Literal["ok", "pending", "firing", "resolved"] | None = Field(
         description="Alert state; null while the run is not analysed."

@@ -21,6 +21,7 @@ from foreshock.api.ledger import Ledger
 from foreshock.api.problems import Problem
 from foreshock.api.registry import Registry, Run
 from foreshock.api.settings import Settings
+from foreshock.api.silence import RunState
 from foreshock.api.store import Store, View
 from foreshock.monitor.record import Risk
 
@@ -47,6 +48,18 @@ class Live(CommitListener, Protocol):
 
     def latest(self, run_id: str) -> Latest | None:
         """The newest answer about a run, or None."""
+
+    def state(self, run_id: str) -> RunState | None:
+        """What a run is doing, or None."""
+
+    def ended(self, run_id: str) -> None:
+        """Somebody says that a run is over."""
+
+    def delete(self, run_id: str) -> None:
+        """Forget a run that the registry does not know any more."""
+
+    def clock_skew(self, run_id: str) -> float | None:
+        """Seconds that a run's clock seems to be behind, or None."""
 
 
 def _decoders() -> CapacityLimiter:

@@ -80,6 +80,8 @@ class Settings:
         body_seconds: Time that any body may take to come, besides its bytes at `body_bytes_rate`.
         body_bytes_rate: Bytes a second that a body must come with.
         receiving_bytes: Bodies of all requests under way; above it new ones get 503.
+        stale_intervals: A run is stale when it was silent for so many of its usual intervals,
+        stale_seconds: and for at least so many seconds.
         alert_urls: apprise addresses that get alerts.
         alertmanager_urls: Alertmanager base addresses.
 
@@ -120,6 +122,8 @@ class Settings:
     body_seconds: int = 30
     body_bytes_rate: int = 16 * 1024
     receiving_bytes: int = 512 * _MEBIBYTE
+    stale_intervals: int = 10
+    stale_seconds: int = 300
     alert_urls: tuple[str, ...] = field(default=(), repr=False)
     alertmanager_urls: tuple[str, ...] = field(default=(), repr=False)
 

@@ -206,6 +206,10 @@ class Store(Protocol):
         """`discard_after` for the batches of these numbers, ends included; others may append."""
         ...
 
+    def delete_run(self, run_id: str) -> None:
+        """Remove everything of a run, from any thread; on return it is gone from the disk."""
+        ...
+
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
         """Add risk rows (`RISK_SCHEMA`) of several (run_id, attempt), all or none.
 

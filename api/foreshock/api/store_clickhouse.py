@@ -158,6 +158,20 @@ class ClickHouseStore(Store):
             removed += count
         return removed
 
+    def delete_run(self, run_id: str) -> None:
+        """Remove everything of a run; on return it is gone from the disk.
+
+        Raises:
+            StoreError: It failed, and some may be left; call again.
+        """
+        with self._derived_lock:
+            for table in (*FACT_TABLES, "risk"):
+                self._derived.command(
+                    f"ALTER TABLE {table} DELETE WHERE run_id = {{run:String}}"
+                    " SETTINGS mutations_sync = 2",
+                    {"run": run_id},
+                )
+
     # Writing: live analysis
 
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:

@@ -225,6 +225,16 @@ class SqliteStore(Store):
         with self._transaction() as writer:
             _remove(writer, "received < ?", received)
 
+    def delete_run(self, run_id: str) -> None:
+        """Remove everything of a run.
+
+        Raises:
+            StoreError: It failed, and nothing was removed.
+        """
+        with self._transaction() as writer:
+            for table in (*FACT_TABLES, "risk", "appended", "vocabulary"):
+                writer.execute(f"DELETE FROM {table} WHERE run_id = ?", (run_id,))
+
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
         """Add risk rows (`RISK_SCHEMA`) of several (run_id, attempt), in one transaction.
 

@@ -51,7 +51,7 @@ from foreshock.monitor.settings import (
 from foreshock.monitor.shipping import Service, Shipper
 from foreshock.monitor.sinks import Sink
 from foreshock.monitor.spool import Spool
-from foreshock.monitor.steps import Step, snapshot_of
+from foreshock.monitor.steps import Step, closing_events, snapshot_of
 from foreshock.monitor.whatif import known_formats, what_if_rows
 from foreshock.monitor.worker import Worker
 
@@ -328,7 +328,7 @@ class Watch:
         self.detach()
         with self._guard:
             if self._ended is not None:
-                self._ended.events += self._step.events
+                self._ended.events += [*self._step.events, *closing_events(self._rank)]
             self._publish()
         done = self._worker.close(timeout)
         if self._shipper is not None:

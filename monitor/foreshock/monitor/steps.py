@@ -5,6 +5,7 @@ Runs in the training thread; queues device work and reads no value.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,7 +18,7 @@ from foreshock.monitor.scalars import Value, mean
 from foreshock.monitor.snapshot import Snapshot
 from foreshock.monitor.transfer import pack
 
-__all__ = ["Step", "snapshot_of"]
+__all__ = ["Step", "closing_events", "snapshot_of"]
 
 
 @dataclass(slots=True)
@@ -79,3 +80,14 @@ def snapshot_of(step: Step, device: torch.device) -> Snapshot:
         events=tuple(step.events),
         kernels=tuple(taken.kernels),
     )
+
+
+def closing_events(rank: int) -> list[Event]:
+    """What the last record of a launch says: that it came to its end, unless it dies of an error.
+
+    Args:
+        rank: Of this process.
+    """
+    # At exit, Python still holds what ended the program.
+    failing = sys.exc_info()[0] is not None or getattr(sys, "last_type", None) is not None
+    return [] if failing else [Event("end", rank=rank)]

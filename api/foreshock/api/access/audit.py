@@ -28,6 +28,7 @@ Action = Literal[
     "token.rotate",
     "launch.announce",
     "run.delete",
+    "run.end",
     "alert.feedback",
     "alert.acknowledge",
     "page.sign_in",

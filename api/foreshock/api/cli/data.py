@@ -1,4 +1,4 @@
-"""`foreshock import` and `foreshock export`: records into and out of a service, over HTTP."""
+"""`foreshock import`, `export` and `delete`: records into and out of a service, over HTTP."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("import")(import_)
     app.command("export")(export)
+    app.command("delete")(delete)
 
 
 def import_(
@@ -98,6 +99,30 @@ def export(
         typer.echo(f"foreshock export: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"{target}: {size} bytes")
+
+
+def delete(
+    run: Annotated[str, typer.Argument(help="run_id, or the name within the project.")],
+    project: Project = "default",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Delete a run and all that a service knows of it; there is no way back.
+
+    Needs a token of the scope admin. `foreshock export` keeps the records.
+    """
+    from foreshock.monitor.client import Client, ClientError
+
+    if not yes:
+        typer.confirm(f"Delete run {run} of project {project} for good?", abort=True)
+    try:
+        with Client(url, token=token, project=project, timeout=600) as client:
+            client.delete(run)
+    except (ClientError, ValueError) as error:
+        typer.echo(f"foreshock delete: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"{run} is deleted")
 
 
 def _client(url: str, token: str | None) -> Client:

@@ -168,6 +168,8 @@ def send_table(table: pa.Table, announcement: Mapping[str, object], client: Clie
             for sequence, first in enumerate(progress.track(firsts, description="batches")):
                 batch = table.slice(first, _BATCH_RECORDS)
                 repeats += client.put_batch(run_id, f"{launch}-0-{sequence}", batch).duplicate
+        # A log is over: nothing more will come, and nobody need be told so.
+        client.end(run_id)
     return Sent(len(firsts), repeats)
 
 

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 
 from foreshock.api.access.scopes import READ, WRITE
-from foreshock.api.alert_log import Alert, UnknownAlert
+from foreshock.api.alert_log import Alert, AlertKind, UnknownAlert
 from foreshock.api.alert_text import alert_annotations, alert_labels, summary
 from foreshock.api.openapi import errors
 from foreshock.api.paging import PageDep, read_cursor, write_cursor
@@ -21,7 +21,6 @@ from foreshock.api.problems import Problem
 from foreshock.api.routes.live_parts import Live, Number
 from foreshock.api.schemas import NEXT, number
 from foreshock.api.services import ServicesDep, find_run
-from foreshock.monitor.record import RiskKind
 
 __all__ = ["AlertList", "AlertModel", "DeliveryModel", "Feedback", "router"]
 
@@ -48,7 +47,7 @@ class AlertModel(BaseModel):
     project: str
     run: str
     attempt: int
-    kind: RiskKind
+    kind: AlertKind
     severity: str
     state: Literal["pending", "firing", "resolved"]
     step: int = Field(description="The step it fired at (was opened at, while pending)")

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from foreshock.api.access.scopes import WRITE
 from foreshock.api.arrowguard import BodyTooLarge
 from foreshock.api.bodies import RECORDS_BODY
-from foreshock.api.ingest import BatchConflict, Incoming, Receipt, Refused, Unavailable
+from foreshock.api.ingest import BatchConflict, Gone, Incoming, Receipt, Refused, Unavailable
 from foreshock.api.ledger import BatchKey
 from foreshock.api.openapi import errors
 from foreshock.api.problems import Problem
@@ -147,6 +147,8 @@ async def _durable(future: Future[Receipt]) -> Receipt:
         )
     except BatchConflict as error:
         raise Problem(409, str(error)) from None
+    except Gone as error:
+        raise Problem(404, str(error)) from None
     except Refused as error:
         raise Problem(422, str(error)) from None
     except Unavailable as error:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Query, Response
 
-from foreshock.api.access.scopes import READ, WRITE
+from foreshock.api.access.scopes import ADMIN, READ, WRITE
 from foreshock.api.openapi import errors
 from foreshock.api.paging import PageDep
 from foreshock.api.problems import Problem
@@ -78,7 +78,7 @@ class RunQuery:
     def __init__(
         self,
         status: Annotated[
-            Literal["new", "live", "quiet"] | None, Query(description="Only those.")
+            Literal["new", "live", "stale", "finished"] | None, Query(description="Only those.")
         ] = None,
         state: Annotated[
             Literal["ok", "pending", "firing", "resolved"] | None,
@@ -141,14 +141,12 @@ def _summary(services: Services, run: Run) -> dict[str, Any]:
     latest = services.live.latest(run.run_id)
     risk = latest.risk if latest else None
     received = current.last_received if current else None
-    status = "new"
-    if received is not None:
-        status = "live" if datetime.now(UTC) - received < _LIVE_FOR else "quiet"
     return {
         "run_id": run.run_id,
         "project": run.project,
         "run": run.name,
-        "status": status,
+        "status": _status(services, run),
+        "clock_skew_seconds": services.live.clock_skew(run.run_id),
         "attempts": len(run.attempts),
         "attempt": current.number if current else None,
         "first_step": run.first_step,
@@ -162,6 +160,17 @@ def _summary(services: Services, run: Run) -> dict[str, Any]:
     }
 
 
+def _status(services: Services, run: Run) -> str:
+    received = run.current.last_received if run.current else None
+    if received is None:
+        return "new"
+    if run.finished:
+        return "finished"
+    # Not watched: it was silent for hours, or this service only stores.
+    lately = datetime.now(UTC) - received < _LIVE_FOR
+    return services.live.state(run.run_id) or ("live" if lately else "stale")
+
+
 def _attempt(attempt: Attempt) -> AttemptBody:
     return AttemptBody(
         number=attempt.number,
@@ -172,3 +181,28 @@ def _attempt(attempt: Attempt) -> AttemptBody:
         started_at=attempt.started_at,
         last_received=attempt.last_received,
     )
+
+
+@router.post("/runs/{run}/end", status_code=204, dependencies=[WRITE], responses=errors(404))
+def end_run(run: RunName, services: ServicesDep, project: Project = "default") -> None:
+    """Say that a run is over, so that its silence alarms nobody; a later record takes it back."""
+    found = find_run(services, run, project)
+    current = found.current
+    if current is None:
+        return
+    services.registry.end_run(found.run_id, current.number, current.last_step or 0)
+    services.live.ended(found.run_id)
+    services.note("run.end", project=found.project, subject=found.name)
+
+
+@router.delete("/runs/{run}", status_code=204, dependencies=[ADMIN], responses=errors(404))
+def delete_run(run: RunName, services: ServicesDep, project: Project = "default") -> None:
+    """Delete a run and all that is known of it: records, risks, alerts, layers, ledger.
+
+    Batches of it get 404 from then on, so nothing comes back by itself; a job that still runs
+    announces itself anew, as another run of the same name.
+    """
+    found = find_run(services, run, project)
+    services.ingest.delete(found.run_id)
+    services.live.delete(found.run_id)
+    services.note("run.delete", project=found.project, subject=found.name, run_id=found.run_id)

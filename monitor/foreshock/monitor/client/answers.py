@@ -98,7 +98,7 @@ class RunSummary:
     Attributes:
         run_id: Its id, which never changes.
         project, run: Its name.
-        status: live, quiet, new, ...: whether it is heard of.
+        status: new, live, stale or finished: whether it is heard of.
         attempts: How many there are.
         attempt: The highest that holds records.
         first_step, last_step: Bounds of what was recorded.

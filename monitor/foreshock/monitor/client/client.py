@@ -119,7 +119,7 @@ class Client(AccessCalls):
 
         Args:
             project: Only this one's.
-            status: Only new, live or quiet ones.
+            status: Only new, live, stale or finished ones.
             state: Only those whose alert is ok, pending, firing or resolved.
             name: Only names that begin so.
             order: created, name, last_heard or risk.
@@ -132,6 +132,16 @@ class Client(AccessCalls):
     def run(self, run: str) -> RunDetail:
         """One run, with its layers, attempts and configuration."""
         return RunDetail.read(self._get(path_of(run)).json())
+
+    @operation("end_run")
+    def end(self, run: str) -> None:
+        """Say that a run is over: its silence alarms nobody. A later record takes it back."""
+        self._http.ask("POST", path_of(run, "/end"), query={"project": self.project})
+
+    @operation("delete_run")
+    def delete(self, run: str) -> None:
+        """Delete a run and all that is known of it; there is no way back."""
+        self._http.ask("DELETE", path_of(run), query={"project": self.project})
 
     @operation("announce_launch")
     def announce(

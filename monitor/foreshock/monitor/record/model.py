@@ -52,6 +52,7 @@ EVENT_KINDS: Final = (
     "lr_change",
     "data_switch",
     "restart",
+    "end",
     "dropped",
     "monitor_error",
 )

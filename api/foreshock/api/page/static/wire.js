@@ -23,7 +23,7 @@ const optional = (answer, without) => answer.catch((error) => {
 function activity(row) {
   const seconds = (Date.now() - Date.parse(row.last_received)) / 1000;
   if (row.status === "new" || !Number.isFinite(seconds)) return "no records yet";
-  if (row.status === "live") return "live";
+  if (row.status === "live" || row.status === "finished") return row.status;
   const [size, word] = seconds < 5400 ? [60, "min"] : seconds < 129600 ? [3600, "h"] : [86400, "d"];
   return `quiet for ${Math.round(seconds / size)} ${word}`;
 }

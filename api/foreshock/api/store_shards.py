@@ -139,6 +139,10 @@ class ShardedStore(Store):
         """Remove from every shard the facts of batches of these numbers."""
         return sum(shard.store().discard_between(first, last) for shard in self._shards.values())
 
+    def delete_run(self, run_id: str) -> None:
+        """See `Store`."""
+        self._of(run_id).delete_run(run_id)
+
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
         """Add risk rows; those of a shard are in before another shard's fail."""
         parts: dict[str, list[tuple[str, int, pa.Table]]] = {}

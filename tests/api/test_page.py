@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import re
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from fastapi.testclient import TestClient
 
 from foreshock.api import problems
 from foreshock.api.access.admission import Access
-from foreshock.api.access.scopes import COOKIE
+from foreshock.api.access.scopes import COOKIE, READ, WRITE
 from foreshock.api.guard import Guard
 from foreshock.api.page import load_assets, load_index
 from foreshock.api.registry import Registry
@@ -35,17 +37,19 @@ def service(settings: Settings, folder: Path) -> FastAPI:
     """The page behind the real guard, and one route that stands for all data; no store."""
     app = FastAPI()
     app.include_router(router)
-    app.add_api_route("/api/v1/runs", lambda: {"runs": []})
+    nothing = {"runs": list[str]()}
+    app.add_api_route("/api/v1/runs", lambda: nothing, dependencies=[READ])
+    app.add_api_route("/api/v1/runs", lambda: nothing, methods=["POST"], dependencies=[WRITE])
     problems.install(app)
     app.add_middleware(Guard, settings=settings)
-    nothing: Any = None
+    absent: Any = None
     app.state.services = Services(
         settings=settings,
-        registry=nothing,
-        ledger=nothing,
-        store=nothing,
-        ingest=nothing,
-        live=nothing,
+        registry=absent,
+        ledger=absent,
+        store=absent,
+        ingest=absent,
+        live=absent,
         access=Access(Registry(folder / "registry.sqlite"), settings),
     )
     return app
@@ -170,3 +174,80 @@ def test_sign_in_without_a_token_needs_none(client: TestClient) -> None:
     answer = client.post("/login", json={"token": "anything"})
     assert answer.status_code == 204
     assert "set-cookie" not in answer.headers
+
+
+def sign_in(client: TestClient, **members: Any) -> Any:
+    answer = client.post("/login", json={"token": TOKEN, **members})
+    assert answer.status_code == 204, answer.text
+    return answer
+
+
+def test_a_session_looks_only_unless_asked_otherwise(locked: TestClient) -> None:
+    ours = {"Origin": "http://localhost"}
+    sign_in(locked)
+    assert locked.get("/api/v1/runs").status_code == 200
+    refused = locked.post("/api/v1/runs", headers=ours)
+    assert (refused.status_code, "scope write" in refused.text) == (403, True)
+    sign_in(locked, scopes=["read", "write"])
+    assert locked.post("/api/v1/runs", headers=ours).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Origin": "http://localhost"}, 200),
+        ({"Origin": "https://fp8.example"}, 200),
+        ({}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://localhost"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "none"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "http://localhost.evil.example"}, 403),
+        ({"Origin": "http://localhost:81"}, 403),
+    ],
+)
+def test_a_cookie_changes_nothing_for_a_page_of_another_site(
+    tmp_path: Path, headers: dict[str, str], status: int
+) -> None:
+    settings = Settings(token=TOKEN, public_url="https://fp8.example")
+    client = TestClient(service(settings, tmp_path), base_url="http://localhost")
+    cookie = sign_in(client, scopes=["read", "write"]).cookies[COOKIE]
+    # The cookie is for https only, which this client does not speak.
+    given = {"Cookie": f"{COOKIE}={cookie}", **headers}
+    assert client.get("/api/v1/runs", headers=given).status_code == 200
+    assert client.post("/api/v1/runs", headers=given).status_code == status
+
+
+def test_a_page_of_another_site_neither_signs_in_nor_writes_to_an_open_service(
+    locked: TestClient, client: TestClient
+) -> None:
+    foreign = {"Origin": "https://evil.example"}
+    answer = locked.post("/login", json={"token": TOKEN}, headers=foreign)
+    assert (answer.status_code, "set-cookie" in answer.headers) == (403, False)
+    assert client.post("/api/v1/runs", headers=foreign).status_code == 403
+    assert client.post("/api/v1/runs").status_code == 200
+
+
+def test_no_program_with_a_token_is_asked_for_its_origin(locked: TestClient) -> None:
+    given = {"Authorization": f"Bearer {TOKEN}", "Origin": "https://grafana.example"}
+    assert locked.post("/api/v1/runs", headers=given).status_code == 200
+
+
+def test_the_cookie_ends_when_the_session_does(tmp_path: Path) -> None:
+    settings = Settings(token=TOKEN, session_hours=2)
+    client = TestClient(service(settings, tmp_path), base_url="http://localhost")
+    answer = sign_in(client)
+    expires = parsedate_to_datetime(re.search("expires=([^;]*)", answer.headers["set-cookie"])[1])  # type: ignore[index]
+    assert timedelta(minutes=110) < expires - datetime.now(UTC) <= timedelta(hours=2)
+
+
+def test_every_answer_forbids_guessing_its_type_and_telling_its_address(
+    locked: TestClient,
+) -> None:
+    for path in ("/", "/assets/main.js", "/healthz", "/api/v1/runs", "/nowhere"):
+        headers = locked.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff", path
+        assert headers["referrer-policy"] == "no-referrer", path
+        assert len(headers.get_list("x-content-type-options")) == 1, path

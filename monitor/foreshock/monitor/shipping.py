@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 import httpx
 
+from foreshock.monitor.certificates import verification
 from foreshock.monitor.spool import Outbox, SpoolError, leftovers
 
 __all__ = ["Service", "Shipped", "Shipper", "ship_leftovers"]
@@ -73,7 +74,7 @@ class Service:
         transport: Instead of the network, for tests.
 
     Raises:
-        ValueError: The address is not http or https.
+        ValueError: The address is not http or https, or `FORESHOCK_CA` is no certificate.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Service:
             base_url=url.rstrip("/") + "/api/v1/",
             headers=headers,
             timeout=httpx.Timeout(timeout, connect=5.0),
+            verify=verification(),
             transport=transport,
         )
         self._known: set[Path] = set()

@@ -73,7 +73,7 @@ def import_(
     to = Destination(project, run, None if dry_run else url, token)
     try:
         summary = import_source(source, reading, to)
-    except (ImportProblem, TransferError, OSError) as error:
+    except (ImportProblem, TransferError, OSError, ValueError) as error:
         typer.echo(f"foreshock import: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(json.dumps(summary.as_json()) if as_json else "\n".join(summary.lines()))

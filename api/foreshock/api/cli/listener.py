@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,22 @@ def check_tokens(settings: Settings) -> None:
         check_reach(settings, Access(registry, settings))
     finally:
         registry.close()
+
+
+def check_certificate(settings: Settings) -> None:
+    """Refuse a certificate that cannot be served, before anything is made or opened.
+
+    Raises:
+        OSError: A file cannot be read, or the two do not belong together.
+    """
+    if not settings.tls_cert:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    except OSError as error:
+        where = f"{settings.tls_cert} with {settings.tls_key}"
+        raise OSError(f"cannot serve TLS by {where}: {error.strerror or error}") from None
 
 
 def listen(settings: Settings) -> socket.socket:

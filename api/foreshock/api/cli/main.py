@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from foreshock.api.cli import collect, data, demo, fit, incident, score, serve, sweep, train
+from foreshock.api.cli import collect, data, demo, fit, incident, score, serve, sweep, token, train
 
 __all__ = ["app", "run"]
 
@@ -24,6 +24,7 @@ def _root() -> None:
 demo.register(app)
 serve.register(app)
 collect.register(app)
+token.register(app)
 data.register(app)
 score.register(app)
 fit.register(app)

@@ -74,11 +74,18 @@ def serve(
     try:
         settings = Settings.from_environment(os.environ, overrides)
         # Only now the heavy part: what is wrong with the settings is told at once.
-        from foreshock.api.cli.server import check_tokens, claim, listen, run
+        from foreshock.api.cli.server import (
+            check_certificate,
+            check_tokens,
+            claim,
+            listen,
+            run,
+        )
         from foreshock.api.live_service import alert_channels
 
         alert_channels(settings)
         check_tokens(settings)
+        check_certificate(settings)
         claimed = claim(settings.data_dir)
         listener = listen(settings)
     except (ValueError, OSError) as error:

@@ -9,11 +9,11 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from foreshock.api.app import create_app
-from foreshock.api.cli.listener import check_tokens, claim, listen, serve_app
+from foreshock.api.cli.listener import check_certificate, check_tokens, claim, listen, serve_app
 from foreshock.api.live_service import LiveService
 from foreshock.api.settings import Settings
 
-__all__ = ["check_tokens", "claim", "listen", "run"]
+__all__ = ["check_certificate", "check_tokens", "claim", "listen", "run"]
 
 
 def run(settings: Settings, listener: socket.socket, port_file: Path | None) -> int:

@@ -18,7 +18,15 @@ from foreshock.api.problems import Problem
 from foreshock.api.schemas import Name
 from foreshock.api.services import Services, ServicesDep
 
-__all__ = ["Rotation", "SecretBody", "TokenBody", "TokenList", "TokenRequest", "router"]
+__all__ = [
+    "Rotation",
+    "SecretBody",
+    "TokenBody",
+    "TokenList",
+    "TokenRequest",
+    "project_of",
+    "router",
+]
 
 router = APIRouter(tags=["access"])
 
@@ -72,6 +80,11 @@ class SecretBody(TokenBody):
 
     secret: str = Field(repr=False, description="Send it as Authorization: Bearer <secret>.")
 
+    @classmethod
+    def issued(cls, issued: IssuedToken) -> Self:
+        """The body of a token just made or rotated."""
+        return cls.model_validate(_members(issued.token) | {"secret": issued.secret})
+
 
 class TokenList(BaseModel):
     """Tokens, oldest first, revoked and expired ones too."""
@@ -106,7 +119,7 @@ def create_token(body: TokenRequest, services: ServicesDep, response: Response) 
         raise Problem(422, str(error)) from None
     services.note(
         "token.create",
-        project=_project(issued.token),
+        project=project_of(issued.token),
         subject=issued.token.id,
         name=issued.token.name,
         scopes=sorted(grant.scopes),
@@ -129,7 +142,7 @@ def rotate_token(
         raise Problem(404, str(error)) from None
     services.note(
         "token.rotate",
-        project=_project(issued.token),
+        project=project_of(issued.token),
         subject=token_id,
         grace_seconds=body.grace_seconds,
     )
@@ -141,7 +154,7 @@ def revoke_token(token_id: TokenId, services: ServicesDep) -> TokenBody:
     """End a token; it stays in the list. A second time changes nothing."""
     _find(services, token_id)
     token = services.access.tokens.revoke(token_id)
-    services.note("token.revoke", project=_project(token), subject=token_id)
+    services.note("token.revoke", project=project_of(token), subject=token_id)
     return TokenBody.of(token)
 
 
@@ -156,7 +169,7 @@ def _find(services: Services, token_id: str) -> Token:
     return token
 
 
-def _project(token: Token) -> str | None:
+def project_of(token: Token) -> str | None:
     """The project an entry of the log is about: only where the token is for one."""
     projects = token.grant.projects
     return next(iter(projects)) if projects is not None and len(projects) == 1 else None
@@ -180,4 +193,4 @@ def _members(token: Token) -> dict[str, object]:
 
 def _secret(issued: IssuedToken, response: Response) -> SecretBody:
     response.headers["Cache-Control"] = "no-store"
-    return SecretBody.model_validate(_members(issued.token) | {"secret": issued.secret})
+    return SecretBody.issued(issued)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import httpx
 import pyarrow as pa
 
+from foreshock.monitor.certificates import verification
 from foreshock.monitor.client.access import AccessCalls
 from foreshock.monitor.client.answers import (
     Alert,
@@ -59,7 +60,7 @@ class Client(AccessCalls):
         transport: Instead of the network, for tests.
 
     Raises:
-        ValueError: The address is not http or https.
+        ValueError: The address is not http or https, or `FORESHOCK_CA` is no certificate.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Client(AccessCalls):
             base_url=address.rstrip("/") + "/",
             headers={"Authorization": f"Bearer {secret}"} if secret else {},
             timeout=httpx.Timeout(timeout, connect=5.0),
+            verify=verification(),
             transport=transport,
         )
         super().__init__(Http(client, retry or Retry()))

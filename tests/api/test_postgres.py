@@ -6,14 +6,18 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 import sqlalchemy as sa
 
+from foreshock.api.access.admission import Access, Credentials
+from foreshock.api.access.principal import Grant
 from foreshock.api.alert_log import AlertLog
 from foreshock.api.database import DatabaseUrlError, database_url
+from foreshock.api.problems import Problem
 from foreshock.api.registry import LaunchRequest, Registry
 from foreshock.api.settings import Settings, SettingsError
 from tests.api.live_helpers import SUBJECT, content, risk
@@ -74,6 +78,27 @@ def test_alerts_live_in_postgresql_too(postgres: Postgres) -> None:
     assert log.answer(fired.id, correct=True, note="yes").correct is True
     assert [m["transition"] for m in log.delivered([fired.id])[fired.id]] == ["firing", "resolved"]
     registry.close()
+
+
+def test_tokens_sessions_and_the_audit_log_live_in_postgresql_too(postgres: Postgres) -> None:
+    url = sa.make_url(postgres.new_database())
+    one, two = Registry(url), Registry(url)
+    settings = Settings(token="a-bootstrap-token-for-tests")
+    here, there = Access(one, settings), Access(two, settings)
+    issued = here.tokens.create("job", Grant(frozenset({"read"}), frozenset({"p"})), by="me")
+    cookie, _ = here.sign_in(issued.secret, frozenset({"read"}), "10.0.0.1")
+    there.tokens.list()
+    assert there.admit(Credentials(cookie=cookie)).projects == frozenset({"p"})
+    there.tokens.rotate(issued.token.id, grace=timedelta(0))
+    here.tokens.list()
+    with pytest.raises(Problem):
+        here.admit(Credentials(issued.secret))
+    there.close()
+    entries = here.audit.page(limit=10)
+    assert [entry.action for entry in entries] == ["auth.failed", "page.sign_in"]
+    assert entries[0].at.tzinfo is not None
+    one.close()
+    two.close()
 
 
 def test_names_are_held_against_everybody(postgres: Postgres) -> None:

@@ -21,7 +21,7 @@ from foreshock.api.cli.connections import ConnectionLimits, bounded_protocol
 from foreshock.api.registry import Registry
 from foreshock.api.settings import Settings, is_loopback
 
-__all__ = ["check_tokens", "claim", "listen", "serve_app"]
+__all__ = ["check_certificate", "check_tokens", "claim", "listen", "serve_app"]
 
 _BACKLOG: Final = 512
 # Requests under way get so long; streams of events are ended before.
@@ -50,11 +50,12 @@ def check_tokens(settings: Settings) -> None:
     Raises:
         SettingsError: Nobody needs a token, or nobody has one.
     """
-    path = settings.data_dir / "registry.sqlite"
-    if is_loopback(settings.host) or settings.token is not None or not path.exists():
+    place = settings.database_place
+    made = place.get_backend_name() != "sqlite" or Path(place.database or "").exists()
+    if is_loopback(settings.host) or settings.token is not None or not made:
         check_reach(settings, None)
         return
-    registry = Registry(path)
+    registry = Registry(place)
     try:
         check_reach(settings, Access(registry, settings))
     finally:

@@ -1,7 +1,8 @@
 """`foreshock token`: make, list, rotate and revoke tokens.
 
-Without `--url` it works on the database of a data folder, also beside a running service, which
-notices within seconds; with it, on a service elsewhere, as whoever `FORESHOCK_TOKEN` is.
+Without `--url` it works on the service's database (`FORESHOCK_DATA`, `FORESHOCK_DATABASE`), also
+beside a running service, which notices within seconds; with it, on a service elsewhere, as whoever
+`FORESHOCK_TOKEN` is.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _DURATION: Final = re.compile(r"(\d{1,9})([smhd])")
 
 Data = Annotated[
     Path | None,
-    typer.Option(envvar="FORESHOCK_DATA", help="Folder of the service; default foreshock-data."),
+    typer.Option(help="Folder of the service; default FORESHOCK_DATA or foreshock-data."),
 ]
 Url = Annotated[
     str | None,

@@ -15,13 +15,14 @@ import httpx
 from foreshock.api.access.audit import Action, AuditLog, Detail
 from foreshock.api.access.principal import Grant, GrantError, Principal, Scope
 from foreshock.api.access.tokens import IssuedToken, Token, TokenBook, UnknownToken
+from foreshock.api.database import DATABASE_LOST
 from foreshock.api.registry import Registry
 from foreshock.api.routes.tokens import SecretBody, TokenBody, project_of
+from foreshock.api.settings import Settings
 from foreshock.monitor.certificates import verification
 
 __all__ = ["TokenPlace", "TokenPlaceError", "open_place"]
 
-_DEFAULT_FOLDER: Final = Path("foreshock-data")
 _REFUSALS: Final = (GrantError, UnknownToken)
 
 
@@ -67,9 +68,12 @@ def open_place(data: Path | None, url: str | None) -> Iterator[TokenPlace]:
         ) as client:
             yield _Service(client)
         return
-    folder = data or _DEFAULT_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    registry = Registry(folder / "registry.sqlite")
+    settings = Settings.from_environment(os.environ, {"data_dir": data})
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        registry = Registry(settings.database_place)
+    except DATABASE_LOST as error:
+        raise TokenPlaceError(f"the database does not answer: {type(error).__name__}") from None
     try:
         yield _Folder(registry)
     except _REFUSALS as error:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import httpx
 
+from foreshock.monitor.certificates import verification
 from foreshock.monitor.guard import Guard
 from foreshock.monitor.record import StepReport, compress, encode_reports
 
@@ -63,6 +64,7 @@ class ReportSender:
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(30.0, connect=5.0),
+            verify=verification(),
             transport=transport,
         )
         self._address = f"{url.rstrip('/')}/api/v1/runs/{quote(run, safe='')}/reports/{launch_id}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -54,6 +55,8 @@ class Upstream:
             base_url=url.rstrip("/") + "/api/v1/",
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(timeout, connect=5.0),
+            # The system's authorities, or those of SSL_CERT_FILE.
+            verify=ssl.create_default_context(),
             # The addresses of a cluster are no business of a proxy.
             trust_env=False,
         )

@@ -14,7 +14,7 @@ from foreshock.api.registry import LaunchRequest, Registry
 from foreshock.api.risks import risk_table
 from foreshock.api.store import Limits, Store
 from foreshock.api.store_open import open_store
-from foreshock.api.store_url import ChdbPlace, SqlitePlace
+from foreshock.api.store_url import ChdbPlace, SqlitePlace, StorePlace
 from tests.api.live_helpers import START, risk, wait_until
 from tests.api.service import (
     LAYERS,
@@ -31,7 +31,10 @@ KEPT, LOST = "a" * 32, "b" * 32
 
 @pytest.fixture(params=["chdb", "sqlite"])
 def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Store]:
-    places = {"chdb": ChdbPlace(tmp_path / "store"), "sqlite": SqlitePlace(tmp_path / "s.sqlite")}
+    places: dict[str, StorePlace] = {
+        "chdb": ChdbPlace(tmp_path / "store"),
+        "sqlite": SqlitePlace(tmp_path / "s.sqlite"),
+    }
     made = open_store(places[request.param], lambda _: LAYERS, limits=Limits(clients=1))
     yield made
     made.close()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -128,6 +130,33 @@ def test_alerts_and_events(client: Client) -> None:
     (first, *_) = client.run_events("llama", last_event_id="0-0", seconds=1)
     assert (first.kind, first.data) == ("reset", {"reason": "restart"})
     assert list(client.events(seconds=0.2)) == []
+
+
+def test_the_page_about_the_client_is_true(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block of docs/client.md runs, in order."""
+    launch = new_launch()
+    with Client(client.url) as other:
+        other.announce("llama-1b", launch, layers=[LAYER])
+        healthy = [record(step, 4.0 - 0.02 * step, kurtosis=3.0) for step in range(STEPS)]
+        other.put_batch("llama-1b", f"{launch}-0-0", healthy)
+        wait_until(lambda: other.risk("llama-1b").step == STEPS - 1, 60)
+    monkeypatch.setenv("FORESHOCK_URL", client.url)
+    monkeypatch.delenv("FORESHOCK_TOKEN", raising=False)
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "client.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 6
+    names: dict[str, Any] = {}
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/client.md", "exec"), names)
+    finally:
+        names["client"].close()
+    assert names["loss"].index.tolist() == list(range(STEPS))
+    assert (tmp_path / "llama-1b.parquet").exists()
+    assert (tmp_path / "llama-1b-step-20.zip").exists()
 
 
 def test_the_service_itself(client: Client) -> None:

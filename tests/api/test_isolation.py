@@ -29,7 +29,7 @@ THEIRS, OURS = "theirs", "ours"
 DOCUMENT: dict[str, Any] = json.loads(document())
 OPEN = ("/healthz", "/readyz")
 # Routes of the page: what they do without a token is tested in test_page.py.
-PAGE = {"/", "/login", "/logout", "/assets/{name}", "/api/v1/openapi.json"}
+PAGE = {"/", "/docs", "/login", "/logout", "/assets/{name}", "/api/v1/openapi.json"}
 NEEDED = {"read": {"read", "admin"}, "write": {"write", "admin"}, "admin": {"admin"}}
 
 

@@ -26,7 +26,7 @@ from foreshock.api.settings import Settings
 
 STATIC = files("foreshock.api.page") / "static"
 TOKEN = "a-token-of-some-length"
-OURS = ("api.js", "charts.js", "dom.js", "main.js", "panels.js", "wire.js")
+OURS = ("api.js", "charts.js", "docs.js", "dom.js", "main.js", "panels.js", "wire.js")
 
 
 def text(name: str) -> str:
@@ -35,7 +35,7 @@ def text(name: str) -> str:
 
 def service(settings: Settings, folder: Path) -> FastAPI:
     """The page behind the real guard, and one route that stands for all data; no store."""
-    app = FastAPI()
+    app = FastAPI(docs_url=None, redoc_url=None)
     app.include_router(router)
     nothing = {"runs": list[str]()}
     app.add_api_route("/api/v1/runs", lambda: nothing, dependencies=[READ])
@@ -98,6 +98,15 @@ def test_page_has_nothing_from_elsewhere_and_nothing_inline() -> None:
     assert not re.findall(r"<style|\sstyle=|\son\w+=", html)
     for name in (*OURS, "page.css", "charts.css"):
         assert not re.search(r"https?://|@import|url\(", text(name)), name
+
+
+def test_the_reference_is_open_and_has_nothing_from_elsewhere(locked: TestClient) -> None:
+    html = locked.get("/docs").text
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', html)
+    assert not re.findall(r"<script(?![^>]*src=)|<style|\sstyle=", html)
+    names = re.findall(r'(?:src|href)="(/assets/[^"]+)"', html)
+    assert len(names) == 4
+    assert [locked.get(name).status_code for name in names] == [200] * 4
 
 
 def test_names_reach_the_document_as_text_only() -> None:

@@ -24,7 +24,9 @@ from foreshock.api.settings import Settings, is_loopback
 
 __all__ = ["OPEN_PATHS", "Guard", "address_of"]
 
-OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz", "/login", "/logout", "/favicon.ico"})
+OPEN_PATHS: Final = frozenset(
+    {"/", "/docs", "/healthz", "/readyz", "/login", "/logout", "/favicon.ico"}
+)
 """Health has to answer to anybody; the page holds no data and asks for a token itself."""
 
 _OPEN_PREFIX: Final = "/assets/"

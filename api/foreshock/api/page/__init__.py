@@ -1,4 +1,4 @@
-"""The page's files, ready to send: own HTML, CSS and modules, and Plotly's script from its package.
+"""The page's files, ready to send: own HTML, CSS and modules; Plotly and Swagger UI from packages.
 
 Knows no HTTP framework and computes nothing about runs; the page itself reads the public API.
 """
@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["CONTENT_SECURITY_POLICY", "PLOTLY", "Asset", "load_assets", "load_index"]
+__all__ = ["CONTENT_SECURITY_POLICY", "PLOTLY", "Asset", "load_assets", "load_docs", "load_index"]
 
 PLOTLY: Final = "plotly.min.js"
+SWAGGER: Final = ("swagger-ui-bundle.js", "swagger-ui.css")
+"""Swagger UI, as the package fastapi-offline carries it."""
 
 CONTENT_SECURITY_POLICY: Final = "; ".join(
     [
@@ -61,7 +63,7 @@ def load_assets() -> Mapping[str, Asset]:
     """Every file below `/assets/` by its name; names that are not in here do not exist.
 
     Raises:
-        RuntimeError: Plotly's package does not bring its script.
+        RuntimeError: A package does not bring the file that it should.
     """
     folder = importlib.resources.files("foreshock.api.page") / "static"
     found = {
@@ -70,6 +72,8 @@ def load_assets() -> Mapping[str, Asset]:
         if entry.name.rpartition(".")[2] in _TYPES
     }
     found[PLOTLY] = _asset(PLOTLY, _plotly().encode())
+    for name in SWAGGER:
+        found[name] = _asset(name, _swagger(name))
     return found
 
 
@@ -79,6 +83,22 @@ def load_index() -> str:
     html = (folder / "index.html").read_text(encoding="utf-8")
     html = html.replace("@plotly-version@", importlib.metadata.version("plotly"))
     return html.replace("<!--plotly-guards-->", _guards(_plotly()))
+
+
+def load_docs() -> str:
+    """The HTML of the API reference."""
+    folder = importlib.resources.files("foreshock.api.page") / "static"
+    html = (folder / "docs.html").read_text(encoding="utf-8")
+    return html.replace("@swagger-version@", importlib.metadata.version("fastapi-offline"))
+
+
+def _swagger(name: str) -> bytes:
+    source = importlib.resources.files("fastapi_offline") / "static" / name
+    if not source.is_file():
+        raise RuntimeError(
+            f"the installed fastapi-offline has no static/{name}; install 'fastapi-offline>=1.7.7'"
+        )
+    return source.read_bytes()
 
 
 def _asset(name: str, body: bytes) -> Asset:

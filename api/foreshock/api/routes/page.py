@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from foreshock.api.access.principal import Scope
 from foreshock.api.access.scopes import COOKIE
 from foreshock.api.guard import address_of
-from foreshock.api.page import CONTENT_SECURITY_POLICY, Asset, load_assets, load_index
+from foreshock.api.page import CONTENT_SECURITY_POLICY, Asset, load_assets, load_docs, load_index
 from foreshock.api.problems import Problem
 from foreshock.api.services import ServicesDep
 from foreshock.api.settings import Settings
@@ -47,6 +47,12 @@ def _assets() -> Mapping[str, Asset]:
 def page() -> HTMLResponse:
     """The page; the same for every run, and without any data of its own."""
     return HTMLResponse(_index(), headers={**_HEADERS, "Cache-Control": "no-cache"})
+
+
+@router.get("/docs")
+def docs() -> HTMLResponse:
+    """The API, laid out for people; the description itself needs a token like all else."""
+    return HTMLResponse(load_docs(), headers={**_HEADERS, "Cache-Control": "no-cache"})
 
 
 @router.get("/assets/{name}")

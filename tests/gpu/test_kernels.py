@@ -9,14 +9,18 @@ import torch
 
 from foreshock.monitor.record import FIELD_REDUCTIONS
 from foreshock.monitor.statistics import SUM_FIELDS, packed_sums
+from tests.gpu.devices import DEVICE, INTERPRETED
 
 # It comes with torch's CUDA builds only.
 pytest.importorskip("triton")
 from foreshock.monitor.kernels import Scratch, accumulate, accumulate_codes
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cuda")
 INFINITY = float("inf")
+# The interpreter needs milliseconds for what a program does to a tile.
+LARGE = (9, 2048) if INTERPRETED else (2048, 4096)
+ROWS = 8 if INTERPRETED else 64
+MANY = 9 if INTERPRETED else 300
 COUNTS = (
     "numel", "observations", "nonfinite", "zeros", "sequences", "flushed", "subnormal", "overflow",
     "amax", "min_nonzero",
@@ -72,25 +76,25 @@ def noise(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> to
 
 
 SHAPES: dict[str, Callable[[], torch.Tensor]] = {
-    "matrix": lambda: noise(64, 256),
-    "large": lambda: noise(2048, 4096),
-    "ragged": lambda: noise(37, 129),
-    "three dims": lambda: noise(3, 65, 130),
+    "matrix": lambda: noise(ROWS, 256),
+    "large": lambda: noise(*LARGE),
+    "ragged": lambda: noise(ROWS // 2 + 1, 129),
+    "three dims": lambda: noise(3, ROWS + 1, 130),
     "four dims": lambda: noise(2, 3, 7, 96),
-    "many sequences": lambda: noise(300, 5, 64),
+    "many sequences": lambda: noise(MANY, 5, 64),
     "vector": lambda: noise(1000),
     "scalar": lambda: noise(1).reshape(()),
     "one": lambda: noise(1, 1),
-    "transposed": lambda: noise(64, 256).t(),
-    "rows left out": lambda: noise(64, 256)[1::4],
-    "columns left out": lambda: noise(64, 256)[:, ::2],
-    "a part": lambda: noise(4, 64, 256)[:, 3:50, 16:200],
+    "transposed": lambda: noise(ROWS, 256).t(),
+    "rows left out": lambda: noise(ROWS, 256)[1::4],
+    "columns left out": lambda: noise(ROWS, 256)[:, ::2],
+    "a part": lambda: noise(4, ROWS, 256)[:, 3 : ROWS - 2, 16:200],
     "expanded": lambda: noise(1, 256).expand(8, 256),
     "permuted": lambda: noise(4, 6, 32).permute(1, 0, 2),
-    "wide": lambda: noise(5, 5000),
-    "fp32": lambda: noise(3, 33, 70, dtype=torch.float32),
-    "fp16": lambda: noise(64, 100, dtype=torch.float16),
-    "fp64": lambda: noise(3, 33, 70, dtype=torch.float64),
+    "wide": lambda: noise(2, 2500) if INTERPRETED else noise(5, 5000),
+    "fp32": lambda: noise(3, ROWS // 2 + 1, 70, dtype=torch.float32),
+    "fp16": lambda: noise(ROWS, 100, dtype=torch.float16),
+    "fp64": lambda: noise(3, ROWS // 2 + 1, 70, dtype=torch.float64),
 }
 
 
@@ -107,21 +111,22 @@ def test_any_shape_and_stride(
 @pytest.mark.parametrize("format", ["fp32", "e4m3", "e5m2"])
 @pytest.mark.parametrize("size", [1e-36, 1e-30, 1e-12, 1.0, 1e12, 1e30, 1e37])
 def test_fourth_powers_survive_any_size(size: float, format: str, scratch: Scratch) -> None:
-    check(noise(64, 300, dtype=torch.float32) * size, format, None, scratch)
+    check(noise(ROWS, 300, dtype=torch.float32) * size, format, None, scratch)
 
 
 def test_growing_and_shrinking_magnitudes(scratch: Scratch) -> None:
-    steps = torch.logspace(-30, 30, 4096).reshape(-1, 1)
+    steps = torch.logspace(-30, 30, 64 if INTERPRETED else 4096).reshape(-1, 1)
     for order in (steps, steps.flip(0)):
-        check((noise(4096, 64, dtype=torch.float32) * order.to(DEVICE)), "fp32", None, scratch)
+        x = noise(len(order), 64, dtype=torch.float32) * order.to(DEVICE)
+        check(x, "fp32", None, scratch)
 
 
 @pytest.mark.parametrize("format", ["bf16", "e4m3", "e5m2"])
 def test_what_is_not_a_number(format: str, scratch: Scratch) -> None:
-    x = noise(3, 65, 130, dtype=torch.float32)
+    x = noise(3, ROWS + 1, 130, dtype=torch.float32)
     odd = torch.tensor([float("nan"), INFINITY, -INFINITY, -0.0, 0.0, 1e-40, 1e-6, -1e-45])
     x[0, 0, : len(odd)] = odd.to(DEVICE)
-    x[2, 64, -1] = float("nan")
+    x[2, ROWS, -1] = float("nan")
     check(x, format, 3.0, scratch)
     check(torch.full((8, 8), float("nan"), device=DEVICE), format, 1.0, scratch)
     check(torch.zeros(2, 3, 4, device=DEVICE), format, None, scratch)
@@ -130,6 +135,9 @@ def test_what_is_not_a_number(format: str, scratch: Scratch) -> None:
 def test_rounding_is_the_casts_own(scratch: Scratch) -> None:
     """Every bf16 number there is, at several scales."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    if INTERPRETED:
+        # Triton 3.9's interpreter reads bf16 numbers below the normal ones wrongly.
+        every = torch.where(every.abs() < torch.finfo(every.dtype).smallest_normal, 0.0, every)
     for scale in (1.0, 2.0**20, 2.0**-9, 0.3):
         check(every.to(DEVICE).reshape(256, 256), "e4m3", scale, scratch)
         check(every.to(DEVICE).reshape(256, 256), "e5m2", scale, scratch)
@@ -149,7 +157,7 @@ def test_the_flag_decides_on_the_device(scratch: Scratch) -> None:
     channels = torch.zeros(256, dtype=torch.float64, device=DEVICE)
     for _ in range(2):
         accumulate(
-            noise(64, 256), rows, 0, format="bf16", scale=None, control=control, scratch=scratch,
+            noise(ROWS, 256), rows, 0, format="bf16", scale=None, control=control, scratch=scratch,
             channels=channels,
         )  # fmt: skip
         assert torch.equal(rows, empty_rows())
@@ -157,7 +165,7 @@ def test_the_flag_decides_on_the_device(scratch: Scratch) -> None:
 
 
 def test_the_same_tensor_gives_the_same_bits(scratch: Scratch) -> None:
-    x = noise(2048, 4096)
+    x = noise(*LARGE)
     found = []
     for _ in range(5):
         rows = empty_rows()
@@ -169,7 +177,7 @@ def test_the_same_tensor_gives_the_same_bits(scratch: Scratch) -> None:
 
 def test_rows_add_up_and_remember_the_first_bad_micro_batch(scratch: Scratch) -> None:
     rows = empty_rows()
-    good, bad = noise(64, 256), noise(64, 256, seed=1)
+    good, bad = noise(ROWS, 256), noise(ROWS, 256, seed=1)
     bad[3, 4] = float("nan")
     for micro_batch, x in enumerate((good, bad, good, bad)):
         control = on(1, micro_batch)
@@ -177,12 +185,13 @@ def test_rows_add_up_and_remember_the_first_bad_micro_batch(scratch: Scratch) ->
     row = dict(zip([*SUM_FIELDS, "first"], rows[0].tolist(), strict=True))
     assert row["observations"] == 4
     assert row["nonfinite"] == 2
-    assert row["numel"] == 4 * 64 * 256 - 2
+    assert row["numel"] == 4 * ROWS * 256 - 2
     assert row["first"] == 1
 
 
+@pytest.mark.cuda
 def test_replays_of_a_graph_add_up(scratch: Scratch) -> None:
-    rows, control, x = empty_rows(), on(), noise(64, 256)
+    rows, control, x = empty_rows(), on(), noise(ROWS, 256)
     scale = torch.tensor(2.0, device=DEVICE)
     channels = torch.zeros(256, dtype=torch.float64, device=DEVICE)
 
@@ -216,7 +225,13 @@ def test_replays_of_a_graph_add_up(scratch: Scratch) -> None:
 )
 def test_codes(format: str, dtype: torch.dtype, scratch: Scratch) -> None:
     """All codes, against their values in float64."""
-    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).repeat(9, 3).to(DEVICE)
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    if INTERPRETED:
+        # Triton 3.9's interpreter takes codes that are no numbers for numbers, and loses those
+        # that fp16 holds below its normal numbers.
+        value = codes.view(dtype).float().abs()
+        codes = torch.where(value.isfinite() & (value >= 2.0**-14), codes, 0)
+    codes = codes.repeat(9, 3).to(DEVICE)
     inverse = torch.tensor(0.37, device=DEVICE)
     rows = empty_rows()
     accumulate_codes(
@@ -239,7 +254,7 @@ def test_codes(format: str, dtype: torch.dtype, scratch: Scratch) -> None:
 
 
 def test_the_histogram_counts_exponents(scratch: Scratch) -> None:
-    x = noise(100, 70, dtype=torch.float32)
+    x = noise(ROWS, 70, dtype=torch.float32)
     x[0, :3] = torch.tensor([0.0, float("inf"), 1e-40], device=DEVICE)
     counts = torch.zeros(256, dtype=torch.float64, device=DEVICE)
     accumulate(

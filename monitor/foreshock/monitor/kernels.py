@@ -31,7 +31,8 @@ _WARPS: Final = 4
 _CHANNEL_TILE: Final = 32
 # Registers allow fewer programs that also work out the cast; measured on an H200.
 _PROGRAMS_PER_CORE: Final = 4
-_CASTING_PER_CORE: Final = 3
+_CASTING_PER_CORE: Final = 4
+_INTERPRETED_CORES: Final = 1
 _CODES: Final = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
@@ -47,7 +48,12 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._cores = torch.cuda.get_device_properties(device).multi_processor_count
+        # On a CPU the kernels run in Triton's interpreter, one program after the other.
+        self._cores = (
+            torch.cuda.get_device_properties(device).multi_processor_count
+            if device.type == "cuda"
+            else _INTERPRETED_CORES
+        )
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._channels: dict[int, torch.Tensor] = {}
         self.launches: dict[object, _Launch] = {}
@@ -58,7 +64,7 @@ class Scratch:
 
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Partial sums, the counter of finished programs, and a row for a first pass."""
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+        stream = self._stream()
         found = self._buffers.get(stream)
         if found is None:
             partials = torch.empty(_PARTIALS * _FIELDS, dtype=torch.float64, device=self._device)
@@ -67,9 +73,14 @@ class Scratch:
             found = self._buffers[stream] = (partials, counter, row)
         return found
 
+    def _stream(self) -> int:
+        if self._device.type != "cuda":
+            return 0
+        return torch.cuda.current_stream(self._device).cuda_stream
+
     def channels(self, elements: int) -> torch.Tensor:
         """Room for the channel sums of every program."""
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+        stream = self._stream()
         found = self._channels.get(stream)
         if found is None or found.numel() < elements:
             found = torch.empty(elements, dtype=torch.float64, device=self._device)
@@ -264,6 +275,12 @@ class _Launch:
     channel_compiled: Any = None
 
 
+@functools.cache
+def _has_pairs(device: torch.device) -> bool:
+    """Whether the device has instructions for two 16-bit numbers; the interpreter has none."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _plan(view: _View, want: _Wanted, programs: int, *, channels: bool, histogram: bool) -> _Launch:
     tile_columns = min(triton.next_power_of_2(view.columns), _WIDEST)
     column_blocks = triton.cdiv(view.columns, tile_columns)
@@ -308,7 +325,11 @@ def _plan(view: _View, want: _Wanted, programs: int, *, channels: bool, histogra
             "HISTOGRAM": histogram,
             # 8 elements a thread, 32 threads a warp: then a row of the tile takes all of them.
             "FOLD": tile_columns >= 256 * _WARPS,
-            "HALF": view.x.dtype in (torch.bfloat16, torch.float16) and not histogram,
+            "HALF": (want.codes or view.x.dtype in (torch.bfloat16, torch.float16))
+            and not histogram,
+            # 8 bytes a thread at least, 16 for 16 bits: what one load takes.
+            "UNROLL": min(tile_rows, 2 if want.codes else 4),
+            "PTX": _has_pairs(view.x.device),
             "PARTIALS": triton.next_power_of_2(column_blocks * splits),
         },
         room=groups * splits * tile_columns if channels else 0,

@@ -10,118 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from foreshock.monitor.triton_parts import (
+    exact_total,
+    fold,
+    fold_least,
+    ordinary_sums,
+    rounded,
+    total,
+    zeros_to_add,
+)
+
 __all__ = ["accumulate_kernel", "channels_kernel"]
-
-
-@triton.jit
-def _start(
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FOLD: tl.constexpr, kind: tl.constexpr
-):
-    """Zeros to add up in: one per column where a thread holds whole columns, else per element."""
-    if FOLD:
-        return tl.zeros((TILE_COLUMNS,), kind)
-    else:
-        return tl.zeros((TILE_ROWS, TILE_COLUMNS), kind)
-
-
-@triton.jit
-def _fold(values, FOLD: tl.constexpr):
-    """Over the rows that lie in the same thread."""
-    if FOLD:
-        return tl.sum(values, 0)
-    else:
-        return values
-
-
-@triton.jit
-def _fold_least(values, FOLD: tl.constexpr):
-    if FOLD:
-        return tl.min(values, 0)
-    else:
-        return values
-
-
-@triton.jit
-def _total(counts, FOLD: tl.constexpr):
-    if FOLD:
-        return tl.sum(counts, 0)
-    else:
-        return tl.sum(tl.sum(counts, 1), 0)
-
-
-@triton.jit
-def _exact_total(sums, FOLD: tl.constexpr):
-    if FOLD:
-        return tl.sum(sums.to(tl.float64), 0)
-    else:
-        return tl.sum(tl.sum(sums, 1).to(tl.float64), 0)
-
-
-@triton.jit
-def _pair_abs(bits):
-    return tl.inline_asm_elementwise(
-        "and.b32 $0, $1, 0x7FFF7FFF;", "=r,r", [bits], dtype=tl.int16, is_pure=True, pack=2
-    )
-
-
-@triton.jit
-def _pair_max(so_far, bits):
-    return tl.inline_asm_elementwise(
-        "max.u16x2 $0, $1, $2;", "=r,r,r", [so_far, bits], dtype=tl.int16, is_pure=True, pack=2
-    )
-
-
-@triton.jit
-def _pair_least(so_far, bits):
-    """As `least`: adding the largest integer sends zero to the top and keeps the others' order."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 k; mov.b32 k, 0x7FFF7FFF; add.u16x2 k, $2, k; min.s16x2 $0, $1, k; }",
-        "=r,r,r",
-        [so_far, bits],
-        dtype=tl.int16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _pair_count(so_far, bits):
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 k; mov.b32 k, 0x00010001; min.u16x2 k, $2, k; add.u16x2 $0, $1, k; }",
-        "=r,r,r",
-        [so_far, bits],
-        dtype=tl.int16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _half_bits(bits, kind: tl.constexpr):
-    """The float32 bits of a magnitude given by its 16 bits."""
-    value = bits.to(tl.int16).to(kind, bitcast=True).to(tl.float32)
-    return value.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _first_only(value, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FOLD: tl.constexpr):
-    """A number in the first place, zero elsewhere."""
-    first = tl.arange(0, TILE_COLUMNS) == 0
-    if FOLD:
-        return tl.where(first, value, 0)
-    else:
-        return tl.where(first[None, :] & (tl.arange(0, TILE_ROWS) == 0)[:, None], value, 0)
-
-
-@triton.jit
-def _rounded(scaled, smallest_normal, anchor_factor):
-    """Magnitudes up to the largest, rounded to the format, ties to even.
-
-    Adding and taking away 1.5 x 2^k leaves a multiple of the format's spacing at each magnitude.
-    """
-    anchor = (scaled.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    anchor = tl.maximum(anchor, smallest_normal) * anchor_factor
-    return (scaled + anchor) - anchor
 
 
 @triton.jit
@@ -159,6 +58,8 @@ def accumulate_kernel(
     HISTOGRAM: tl.constexpr,
     FOLD: tl.constexpr,
     HALF: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PTX: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):
     if tl.load(control_ptr) == 0:
@@ -187,95 +88,72 @@ def accumulate_kernel(
     limit = (above / scale64).to(tl.float32)
 
     column = block * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    in_tile = tl.arange(0, TILE_ROWS)
-    start = sequence.to(tl.int64) * sequence_stride
+    begin = sequence.to(tl.int64) * sequence_stride
     inverse_scale = (1.0 / scale64).to(tl.float32)
-    two = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.float32)
-    four = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.float32)
-    error = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.float32)
-    nonzero = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.int32)
-    kept = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.int32)
-    normal = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.int32)
-    over = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.int32)
-    least = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.int32) + 0x7FFFFFFF
+    nothing = tl.zeros((), tl.float64)
+    two, four, error = nothing, nothing, nothing
+    none = tl.zeros((), tl.int32)
+    nonzero, kept, normal, over, least, most = none, none, none, none, none, none
     broken = tl.zeros((), tl.int64)
-    # Squares are taken in units of the largest power of two so far, so that 4th powers neither
-    # overflow nor vanish; what was summed in smaller units is brought to the new one.
-    unit = tl.full((), 1 << 23, tl.int32)
-    most = tl.zeros((), tl.int32)
+    of_columns = tl.zeros((TILE_COLUMNS,), tl.float64)
     careful = True
     if HALF:
-        # First as if all magnitudes were ordinary, two elements to an instruction where that goes.
-        unit = tl.full((), 127 << 23, tl.int32)
-        tops = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.int16)
-        lows = tl.full((TILE_ROWS, TILE_COLUMNS), 0x7FFF, tl.int16)
-        some = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.int16)
-        for tile in range(0, tiles):
-            row = (split * tiles + tile) * TILE_ROWS + in_tile
-            place = start + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-            if WHOLE_COLUMNS:
-                inside = tl.broadcast_to((row < rows)[:, None], (TILE_ROWS, TILE_COLUMNS))
-            else:
-                inside = (row < rows)[:, None] & (column < columns)[None, :]
-            loaded = tl.load(x_ptr + place, mask=inside, other=0.0)
-            positive = _pair_abs(loaded.to(tl.int16, bitcast=True))
-            tops = _pair_max(tops, positive)
-            lows = _pair_least(lows, positive)
-            some = _pair_count(some, positive)
-            magnitude = positive.to(x_ptr.dtype.element_ty, bitcast=True).to(tl.float32)
-            square_part = magnitude * magnitude
-            two += _fold(square_part, FOLD)
-            four += _fold(square_part * square_part, FOLD)
-            if SCALED:
-                scaled = tl.minimum(magnitude * scale, largest)
-                normal += _fold((scaled >= smallest_normal).to(tl.int32), FOLD)
-                kept += _fold((scaled > flush).to(tl.int32), FOLD)
-                if ERROR:
-                    rounded = _rounded(scaled, smallest_normal, anchor_factor)
-                    miss = rounded * inverse_scale - magnitude
-                    error += _fold(miss * miss, FOLD)
-        top_half = tl.max(tl.max(tops.to(tl.int32), 1), 0)
-        most = _half_bits(top_half, x_ptr.dtype.element_ty)
-        low_half = tl.min(tl.min(lows.to(tl.int32), 1), 0)
-        nothing = low_half == 0x7FFF
-        low_bits = _half_bits((low_half + 0x8001) & 0x7FFF, x_ptr.dtype.element_ty)
-        # The first element stands for all: `least` and `nonzero` are only reduced from here on.
-        least = least * 0 + tl.where(nothing, 0x7FFFFFFF, low_bits + 0x7FFFFFFF)
-        found = tl.sum(tl.sum(some.to(tl.int32) & 0xFFFF, 1), 0)
-        nonzero += _first_only(found, TILE_ROWS, TILE_COLUMNS, FOLD)
-        top_value = most.to(tl.float32, bitcast=True)
-        ordinary = (top_half == 0) | (
-            (top_value >= 2.9802322387695312e-08) & (top_value <= 16777216.0)
+        two, four, error, of_columns, nonzero, kept, normal, over, least, most, ordinary = (
+            ordinary_sums(
+                x_ptr + begin,
+                column,
+                columns,
+                split * tiles,
+                tiles,
+                rows,
+                row_stride,
+                scale,
+                scale64,
+                limit,
+                largest,
+                smallest_normal,
+                flush,
+                anchor_factor,
+                TILE_ROWS,
+                TILE_COLUMNS,
+                UNROLL,
+                WHOLE_COLUMNS,
+                SCALED,
+                ERROR,
+                CODES,
+                PTX,
+            )
         )
-        if SCALED:
-            ordinary = ordinary & (top_value <= limit)
-            # The error is not taken in the largest unit either: its factor must be ordinary too.
-            ordinary = ordinary & (inverse_scale <= 16777216.0)
         careful = ordinary == 0
     if careful:
-        two = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.float32)
-        four = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.float32)
-        error = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.float32)
-        nonzero = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.int32)
-        kept = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.int32)
-        normal = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.int32)
-        over = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.int32)
-        least = _start(TILE_ROWS, TILE_COLUMNS, FOLD, tl.int32) + 0x7FFFFFFF
-        broken = tl.zeros((), tl.int64)
+        # Where this is the exception it takes small tiles, which leave registers to the rule.
+        TIMES: tl.constexpr = min(TILE_ROWS, 4) if HALF else 1
+        PART: tl.constexpr = TILE_ROWS // TIMES
+        twos = zeros_to_add(PART, TILE_COLUMNS, FOLD, tl.float32)
+        fours = zeros_to_add(PART, TILE_COLUMNS, FOLD, tl.float32)
+        errors = zeros_to_add(PART, TILE_COLUMNS, FOLD, tl.float32)
+        some = zeros_to_add(PART, TILE_COLUMNS, FOLD, tl.int32)
+        keeps = zeros_to_add(PART, TILE_COLUMNS, FOLD, tl.int32)
+        normals = zeros_to_add(PART, TILE_COLUMNS, FOLD, tl.int32)
+        overs = zeros_to_add(PART, TILE_COLUMNS, FOLD, tl.int32)
+        lows = zeros_to_add(PART, TILE_COLUMNS, FOLD, tl.int32) + 0x7FFFFFFF
+        in_tile = tl.arange(0, PART)
+        # Squares are taken in units of the largest power of two so far, so that 4th powers neither
+        # overflow nor vanish; what was summed in smaller units is brought to the new one.
         unit = tl.full((), 1 << 23, tl.int32)
         most = tl.zeros((), tl.int32)
-        for tile in range(0, tiles):
-            row = (split * tiles + tile) * TILE_ROWS + in_tile
-            place = start + row.to(tl.int64)[:, None] * row_stride + column[None, :]
+        for tile in range(0, tiles * TIMES):
+            row = (split * tiles * TIMES + tile) * PART + in_tile
+            place = begin + row.to(tl.int64)[:, None] * row_stride + column[None, :]
             if WHOLE_COLUMNS:
-                inside = tl.broadcast_to((row < rows)[:, None], (TILE_ROWS, TILE_COLUMNS))
+                inside = tl.broadcast_to((row < rows)[:, None], (PART, TILE_COLUMNS))
             else:
                 inside = (row < rows)[:, None] & (column < columns)[None, :]
             loaded = tl.load(x_ptr + place, mask=inside, other=0.0)
             magnitude = tl.abs(loaded.to(tl.float32))
             if CODES:
-                over += _fold((magnitude == largest).to(tl.int32), FOLD)
-                normal += _fold((magnitude >= smallest_normal).to(tl.int32), FOLD)
+                overs += fold((magnitude == largest).to(tl.int32), FOLD)
+                normals += fold((magnitude >= smallest_normal).to(tl.int32), FOLD)
                 magnitude = magnitude * scale
             bits = magnitude.to(tl.int32, bitcast=True)
             top = tl.max(tl.max(bits, 1), 0)
@@ -286,37 +164,39 @@ def accumulate_kernel(
                 bits = tl.where(finite, bits, 0)
                 top = tl.max(tl.max(bits, 1), 0)
             most = tl.maximum(most, top)
-            new_unit = tl.maximum(unit, tl.maximum(top & 0x7F800000, 1 << 23))
+            # At most 2^126, whose inverse is still a normal number.
+            new_unit = tl.minimum(tl.maximum(top & 0x7F800000, 1 << 23), 253 << 23)
+            new_unit = tl.maximum(unit, new_unit)
             if new_unit != unit:
                 # Both are powers of two; the quotient may be below the smallest one: then it is 0.
                 less = tl.maximum(127 + (unit >> 23) - (new_unit >> 23), 0)
                 ratio = (less << 23).to(tl.float32, bitcast=True)
                 square = ratio * ratio
-                two *= square
-                four *= square * square
+                twos *= square
+                fours *= square * square
                 if ERROR:
-                    error *= square
+                    errors *= square
                 unit = new_unit
             inverse = (0x7F000000 - unit).to(tl.float32, bitcast=True)
             part = magnitude * inverse
             square_part = part * part
-            two += _fold(square_part, FOLD)
-            four += _fold(square_part * square_part, FOLD)
-            nonzero += _fold((bits != 0).to(tl.int32), FOLD)
-            least = tl.minimum(least, _fold_least(bits + 0x7FFFFFFF, FOLD))
+            twos += fold(square_part, FOLD)
+            fours += fold(square_part * square_part, FOLD)
+            some += fold((bits != 0).to(tl.int32), FOLD)
+            lows = tl.minimum(lows, fold_least(bits + 0x7FFFFFFF, FOLD))
             if SCALED and not CODES:
-                over += _fold((magnitude > limit).to(tl.int32), FOLD)
+                overs += fold((magnitude > limit).to(tl.int32), FOLD)
                 scaled = tl.minimum(magnitude * scale, largest)
-                normal += _fold((scaled >= smallest_normal).to(tl.int32), FOLD)
-                kept += _fold((scaled > flush).to(tl.int32), FOLD)
+                normals += fold((scaled >= smallest_normal).to(tl.int32), FOLD)
+                keeps += fold((scaled > flush).to(tl.int32), FOLD)
                 if ERROR:
-                    rounded = _rounded(scaled, smallest_normal, anchor_factor)
+                    cast = rounded(scaled, smallest_normal, anchor_factor)
                     # Where the factor would pass 2^40 every rounded value is zero.
-                    miss = rounded * tl.minimum(inverse * inverse_scale, 1099511627776.0) - part
-                    error += _fold(miss * miss, FOLD)
+                    miss = cast * tl.minimum(inverse * inverse_scale, 1099511627776.0) - part
+                    errors += fold(miss * miss, FOLD)
             if HISTOGRAM:
                 counts = tl.histogram(
-                    tl.reshape(tl.where(bits != 0, bits >> 23, 256), (TILE_ROWS * TILE_COLUMNS,)),
+                    tl.reshape(tl.where(bits != 0, bits >> 23, 256), (PART * TILE_COLUMNS,)),
                     512,
                 )
                 slot = tl.arange(0, 512)
@@ -324,27 +204,37 @@ def accumulate_kernel(
                     histogram_ptr + slot, counts.to(tl.float64), mask=(slot < 256) & (counts > 0)
                 )
 
+        exponent = ((unit >> 23) - 127).to(tl.int64)
+        squared = ((1023 + 2 * exponent) << 52).to(tl.float64, bitcast=True)
+        if CHANNELS:
+            of_columns = (twos if FOLD else tl.sum(twos, 0)).to(tl.float64) * squared
+        two = exact_total(twos, FOLD) * squared
+        four = exact_total(fours, FOLD) * squared * squared
+        error = exact_total(errors, FOLD) * squared
+        nonzero = total(some, FOLD)
+        kept = total(keeps, FOLD)
+        normal = total(normals, FOLD)
+        over = total(overs, FOLD)
+        least = tl.min(lows if FOLD else tl.min(lows, 1), 0)
+
     last = tl.minimum((split + 1) * tiles * TILE_ROWS, rows)
     high = tl.maximum(last - split * tiles * TILE_ROWS, 0).to(tl.int64)
     seen = high * tl.minimum(columns - block * TILE_COLUMNS, TILE_COLUMNS)
-    exponent = ((unit >> 23) - 127).to(tl.int64)
-    squared = ((1023 + 2 * exponent) << 52).to(tl.float64, bitcast=True)
     if CHANNELS:
-        of_columns = two if FOLD else tl.sum(two, 0)
         place = channels_ptr + program * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-        tl.store(place, of_columns.to(tl.float64) * squared)
+        tl.store(place, of_columns)
     out = partials_ptr + program.to(tl.int64) * 16
     tl.store(out + 0, (seen - broken).to(tl.float64))
     tl.store(out + 1, broken.to(tl.float64))
-    tl.store(out + 2, _total(nonzero, FOLD).to(tl.float64))
-    tl.store(out + 3, _exact_total(two, FOLD) * squared)
-    tl.store(out + 4, _exact_total(four, FOLD) * squared * squared)
+    tl.store(out + 2, nonzero.to(tl.float64))
+    tl.store(out + 3, two)
+    tl.store(out + 4, four)
     tl.store(out + 5, most.to(tl.float32, bitcast=True).to(tl.float64))
-    tl.store(out + 6, tl.min(least if FOLD else tl.min(least, 1), 0).to(tl.float64))
-    tl.store(out + 7, _total(kept, FOLD).to(tl.float64))
-    tl.store(out + 8, _total(normal, FOLD).to(tl.float64))
-    tl.store(out + 9, _total(over, FOLD).to(tl.float64))
-    tl.store(out + 10, _exact_total(error, FOLD) * squared)
+    tl.store(out + 6, least.to(tl.float64))
+    tl.store(out + 7, kept.to(tl.float64))
+    tl.store(out + 8, normal.to(tl.float64))
+    tl.store(out + 9, over.to(tl.float64))
+    tl.store(out + 10, error)
     # Every store of this program before the count, every count before the last one's loads.
     tl.debug_barrier()
     finished = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")

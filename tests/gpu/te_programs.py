@@ -29,7 +29,7 @@ def watched(model: torch.nn.Module, **settings: Any) -> tuple[Watch, Any, list[S
     records: list[StepRecord] = []
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     sink = StepRecordSink(records.append)
-    chosen = WatchSettings(run="te", cadence=Cadence(1), sinks=(sink,), spool=None, **settings)
+    chosen = WatchSettings(run="te", cadence=Cadence(1, 1), sinks=(sink,), spool=None, **settings)
     return Watch(model, optimizer, chosen), optimizer, records
 
 

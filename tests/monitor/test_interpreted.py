@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Each takes a second or more; all of them are run by `make test-long`.
-FEW = "matrix or ragged or scalar or codes or histogram or flag or nothing_to_measure or rows_add"
+FEW = (
+    "matrix or ragged or scalar or codes or histogram or flag or nothing_to_measure or rows_add"
+    " or test_device_rows"
+)
 
 
 def run(*arguments: str) -> int:
@@ -24,7 +27,8 @@ def run(*arguments: str) -> int:
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-c", "tests/gpu/pytest.ini", "--noconftest",
-            "-m", "gpu and not cuda", "tests/gpu/test_kernels.py", *arguments,
+            "-m", "gpu and not cuda", "tests/gpu/test_kernels.py",
+            "tests/gpu/test_device_rows.py", *arguments,
         ],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -40,7 +44,7 @@ def run(*arguments: str) -> int:
 
 
 def test_the_kernels_assertions_hold() -> None:
-    assert run("-k", FEW) >= 18
+    assert run("-k", FEW) >= 22
 
 
 @pytest.mark.long

@@ -465,3 +465,20 @@ def test_other_ranks_watch_nothing(
         assert w.errors == 0
     assert recorder.records == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_monitors_memory_is_in_the_record(
+    start: Callable[..., Watch], recorder: Recorder
+) -> None:
+    model, optimizer = tiny()
+    watch = start(model, optimizer, tensor_every=2, detail_every=2)
+    train(model, optimizer, steps=4)
+    assert watch.close()
+    sizes = [record.scalars.get("monitor_bytes") for record in recorder.records]
+    assert sizes[1] is None
+    assert sizes[3] is None, "counted where tensors are measured in full"
+    for size in (sizes[0], sizes[2]):
+        assert size is not None
+        rows = len(recorder.records[0].tensors) * 17 * 8
+        assert rows < size < 1_000_000, "more than its rows, and bounded"
+    assert sizes[0] == sizes[2], "it does not grow"

@@ -194,19 +194,23 @@ class Assembler:
 
 
 def _statistics(table: SumTable) -> StatisticColumns:
-    columns: dict[str, np.ma.MaskedArray[Any, Any]] = {}
     count = len(table.entries)
+    columns: dict[str, tuple[HostArray, Any]] = {}
+    what_if = np.array([entry.identity.what_if for entry in table.entries], dtype=bool)
     for rows in table.alike():
-        what_if = np.array([table.entries[row].identity.what_if for row in rows])
-        for name, values in table.sums(rows).statistics(what_if=what_if).items():
-            whole = columns.setdefault(name, np.ma.MaskedArray(np.zeros(count), mask=True))
-            whole[rows] = values
+        found = table.sums(rows).columns(what_if=what_if[rows])
+        for name, (values, valid) in found.items():
+            if name not in columns:
+                columns[name] = np.zeros(count), np.zeros(count, dtype=bool)
+            whole, shown = columns[name]
+            whole[rows], shown[rows] = values, valid
     # What was lost in a cast can no longer be read from its codes.
     codes = [row for row, entry in enumerate(table.entries) if entry.source == "codes"]
     for name in ("underflow_ratio", "sqnr_db"):
-        if codes:
-            columns[name][codes] = np.ma.masked
-    return columns
+        columns[name][1][codes] = False
+    return {
+        name: np.ma.MaskedArray(values, mask=~valid) for name, (values, valid) in columns.items()
+    }
 
 
 def _exponents(table: SumTable) -> list[list[int] | None] | None:

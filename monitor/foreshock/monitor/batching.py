@@ -45,6 +45,11 @@ class BatchedSums:
         self._stacks: dict[tuple[torch.Size, torch.device, str, bool], _Stack] = {}
         self._results: list[Sums | None] = []
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the stacks that wait."""
+        return sum(s.values.numel() * s.values.element_size() for s in self._stacks.values())
+
     def add(self, x: torch.Tensor, operand: Operand) -> None:
         """Take a tensor; its value now is what counts.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from foreshock.monitor.sampling import Cadence, Sampling
@@ -127,7 +127,10 @@ class Budget:
         every = min(-(-wanted // 1), _SLOWEST_CADENCE)
         stride = min(max(-(-(wanted / every) // 1), 1), _LONGEST_STRIDE)
         tensors = min(max(every * stride / wanted, _FEWEST_TENSORS), 1.0)
-        return Plan(Cadence(int(every)), Sampling(round(tensors, 2), int(stride)))
+        return Plan(
+            replace(self.plan.cadence, tensor_every=int(every)),
+            Sampling(round(tensors, 2), int(stride)),
+        )
 
     def _worth(self, plan: Plan) -> bool:
         if self._cost_of(self.plan) > self.share:

@@ -16,11 +16,11 @@ import torch
 from foreshock.monitor import ops
 from foreshock.monitor.batching import BatchedSums
 from foreshock.monitor.blocks import block_sums, histogram
-from foreshock.monitor.device_rows import DeviceRows
+from foreshock.monitor.device_rows import DeviceRows, Slot
 from foreshock.monitor.entry import Entry
 from foreshock.monitor.formats import FORMATS, GRANULARITIES
 from foreshock.monitor.operands import Operand
-from foreshock.monitor.placement import WHOLE, part_of
+from foreshock.monitor.placement import PLAIN, WHOLE, part_of
 from foreshock.monitor.record import TensorIdentity
 from foreshock.monitor.sampling import Sampling
 from foreshock.monitor.statistics import packed_sums
@@ -69,6 +69,15 @@ class Taken:
     probes: list[torch.Tensor] = field(default_factory=list)
     kernels: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
+    @property
+    def bytes(self) -> int:
+        """Memory of all of it."""
+        vectors = (self.channels, self.blocks, self.exponents)
+        held = [*self.sums, *self.probes, *(v for of in vectors for v in of.values())]
+        if self.device is not None:
+            held.append(self.device)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
 
 class Collector(ops.Receiver):
     """Takes tensors while a step runs.
@@ -84,6 +93,7 @@ class Collector(ops.Receiver):
         measuring: Whether tensors are measured in full.
         sampling: Which share of tensors and rows is measured.
         skipped: Layer and role of tensors of which nothing could be said.
+        bytes: Memory that the last measured step's sums and what waited for them took.
         handle: Under which a compiled graph reaches this collector.
         on_begin: Called when a training forward pass of the model begins inside a graph.
         on_loss: Called with the loss that a graph computed.
@@ -100,13 +110,16 @@ class Collector(ops.Receiver):
         self.on_begin: Callable[[], None] = _nothing
         self.on_loss: Callable[[torch.Tensor], None] = _nothing
         self.measuring = False
+        self.bytes = 0
         self.sampling = Sampling()
         self.skipped: set[tuple[str, str]] = set()
         self.handle = ops.register(self)
         self._probe = probe
         self._what_if = what_if
         self._count_exponents = count_exponents
+        self._on_cuda = device.type == "cuda"
         self._rows = DeviceRows.on(device, count_exponents=count_exponents)
+        self._slots: dict[tuple[str, str, str, int, str | None, bool], Slot] = {}
         self._stack = BatchedSums()
         self._taken = Taken()
         self._waiting: list[Entry] = []
@@ -124,18 +137,24 @@ class Collector(ops.Receiver):
     @property
     def recording(self) -> bool:
         """Whether a CUDA graph is being captured: its kernels will run at steps yet unknown."""
-        return self._rows is not None and torch.cuda.is_current_stream_capturing()
+        return self._on_cuda and torch.cuda.is_current_stream_capturing()
 
     @property
     def micro_batch(self) -> int:
         """0-based micro-batch in progress."""
         return max(self._micro_batch, 0)
 
-    def key(self, layer: str, role: str) -> int:
-        """The number of a tensor for `receive`; asked at attach, before anything is traced."""
+    def key(self, layer: str, role: str, features: int = 0) -> int:
+        """The number of a tensor for `receive`; asked at attach, before anything is traced.
+
+        Args:
+            layer: Its name.
+            role: Of the tensor.
+            features: Of the tensor; 0 where they are not known.
+        """
         self._keys.append((layer, role))
         if self._rows is not None:
-            self._rows.reserve()
+            self._rows.reserve(features)
         return len(self._keys) - 1
 
     def receive(self, x: torch.Tensor, scale: torch.Tensor | None, key: int, code: int) -> None:
@@ -166,15 +185,20 @@ class Collector(ops.Receiver):
         """A training forward pass of the model begins."""
         self._micro_batch += 1
         if self._rows is not None:
-            self._rows.next_micro_batch()
+            self._rows.next_micro_batch(recording=self.recording)
 
-    def start_step(self, *, measuring: bool) -> None:
-        """Begin the next step, after `take`."""
+    def start_step(self, *, measuring: bool, detailed: bool = True) -> None:
+        """Begin the next step, after `take`.
+
+        Args:
+            measuring: Whether tensors are measured.
+            detailed: Whether errors of casts and channels are, too; on a CPU they always are.
+        """
         self.measuring = measuring
         self._micro_batch = -1
         self._weighed = set()
         if self._rows is not None:
-            self._rows.start_step(measuring=measuring)
+            self._rows.start_step(measuring=measuring, detailed=detailed)
 
     def stop(self) -> None:
         """Look at nothing more, whatever still calls."""
@@ -196,6 +220,8 @@ class Collector(ops.Receiver):
         Raises:
             ValueError: As `packed_sums`.
         """
+        if self._add_to_slot(layer, role, x, operand, call_index, source):
+            return
         held = part_of(x)
         if held is None:
             self.skipped.add((layer, role))
@@ -211,6 +237,38 @@ class Collector(ops.Receiver):
                 self._measure(entry, sample, operand)
         elif self._probe:
             self._probe_sum(entry, local)
+
+    def _add_to_slot(
+        self,
+        layer: str,
+        role: str,
+        x: torch.Tensor,
+        operand: Operand,
+        call_index: int,
+        source: str | None,
+    ) -> bool:
+        """The short way of a whole tensor on a device, whose row is known after the first time."""
+        if (
+            self._rows is None
+            or self._what_if is not None
+            or operand.granularity != "tensor"
+            or type(x) not in PLAIN
+            or not self.sampling.whole
+            or not x.is_floating_point()
+            or x.layout is not torch.strided
+        ):
+            return False
+        recording = self.recording
+        if not (self.measuring or recording):
+            return False
+        key = (layer, role, operand.format, call_index, source, operand.agreed)
+        slot = self._slots.get(key)
+        if slot is None:
+            identity = TensorIdentity(layer, role, operand.format, call_index)
+            entry = Entry(identity, None, WHOLE, source, agreed=operand.agreed)
+            slot = self._slots[key] = self._rows.slot(entry)
+        self._rows.add(slot, x, operand.scale, recording=recording)
+        return True
 
     def observe_row(
         self, identity: TensorIdentity, row: torch.Tensor, *, source: str | None
@@ -231,18 +289,22 @@ class Collector(ops.Receiver):
         call_index: int = 0,
     ) -> None:
         """Measure FP8 codes, one byte an element; the tensor they stand for is code x scale_inv."""
-        if not (self.measuring or self.recording):
+        recording = self.recording
+        if not (self.measuring or recording):
             return
-        entry = Entry(
-            TensorIdentity(layer, role, format, call_index), self.micro_batch, WHOLE, "codes"
-        )
         if self._rows is None:
             self.skipped.add((layer, role))
-        else:
-            self._rows.add_codes(entry, codes, scale_inv)
+            return
+        key = (layer, role, format, call_index, "codes", False)
+        slot = self._slots.get(key)
+        if slot is None:
+            identity = TensorIdentity(layer, role, format, call_index)
+            slot = self._slots[key] = self._rows.slot(Entry(identity, None, WHOLE, "codes"))
+        self._rows.add_codes(slot, codes, scale_inv, recording=recording)
 
     def take(self) -> Taken:
         """What passed by during the step."""
+        waiting_bytes = self._stack.bytes
         taken, self._taken = self._taken, Taken()
         waiting, self._waiting = self._waiting, []
         for entry, (sums, channels) in zip(waiting, self._stack.take(), strict=True):
@@ -256,13 +318,16 @@ class Collector(ops.Receiver):
             for entry, counts in self._rows.histograms():
                 _add(taken.exponents, entry.identity, counts)
             taken.kernels = self._rows.take_marks()
+        if self.measuring:
+            self.bytes = taken.bytes + waiting_bytes
+            self.bytes += 0 if self._rows is None else self._rows.bytes
         return taken
 
     def _measure(self, entry: Entry, x: torch.Tensor, operand: Operand) -> None:
         if operand.granularity != "tensor":
             self._measure_blocks(entry, x, operand)
         elif self._rows is not None:
-            self._rows.add(entry, x, operand.scale)
+            self._rows.add(self._rows.slot(entry), x, operand.scale, recording=self.recording)
         elif self.recording:
             self.skipped.add((entry.identity.layer, entry.identity.role))
             return

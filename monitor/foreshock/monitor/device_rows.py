@@ -8,10 +8,9 @@ its tensor is decided on the device, by a flag.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, Final, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol, Self
 
 import torch
 
@@ -19,7 +18,7 @@ from foreshock.monitor.entry import Entry
 from foreshock.monitor.formats import format_named
 from foreshock.monitor.record import EXPONENTS, FIELD_REDUCTIONS
 
-__all__ = ["ROW_FIELDS", "DeviceRows"]
+__all__ = ["ROW_FIELDS", "DeviceRows", "Slot"]
 
 ROW_FIELDS: Final = len(FIELD_REDUCTIONS) + 1
 """`SUM_FIELDS`, and the first micro-batch with a non-finite element (+inf for none)."""
@@ -29,6 +28,36 @@ _FIRST_ROWS: Final = 64
 _TIMED_FIRST: Final = 4
 _ARENA: Final = 2**18
 _TIMED_EVERY: Final = 16
+
+
+# Tensors whose shape changes at every step must not fill the memory with launches.
+_MOST_READY: Final = 64
+
+
+class _Ready(Protocol):
+    """A launch that only lacks the tensor (`foreshock.monitor.launches.Prepared`)."""
+
+    def start(self, x: int, scale: int | None) -> None:
+        """Queue it."""
+        ...
+
+
+@dataclass(slots=True)
+class Slot:
+    """One row, and what was worked out for it.
+
+    Attributes:
+        index: Of the row.
+        format: Name of the format that its tensors are cast to.
+        channels, exponents: Its vectors; None until they are needed.
+        ready: Launches by what they depend on.
+    """
+
+    index: int
+    format: str
+    channels: torch.Tensor | None = None
+    exponents: torch.Tensor | None = None
+    ready: dict[object, Sequence[_Ready]] = field(default_factory=dict)
 
 
 class DeviceRows:
@@ -47,14 +76,16 @@ class DeviceRows:
         neutral = [_NEUTRAL[how] for how in FIELD_REDUCTIONS.values()] + [torch.inf]
         self._neutral = torch.tensor(neutral, dtype=torch.float64, device=device)
         self._rows = self._neutral.repeat(_FIRST_ROWS, 1)
-        self._slots: dict[Entry, int] = {}
-        self._channels: dict[int, torch.Tensor] = {}
+        self._slots: dict[Entry, Slot] = {}
+        self._entries: tuple[Entry, ...] = ()
         self._count_exponents = count_exponents
-        self._exponents: dict[int, torch.Tensor] = {}
         self._vectors = _Arena(device)
         self._reserved = 0
         # On the device: whether launches read, and the micro-batch in progress.
         self._control = torch.zeros(2, dtype=torch.int32, device=device)
+        self._flag, self._micro_batch = self._control[:1], self._control[1:]
+        self._measuring = False
+        self._detailed = True
         self._kernels = kernels
         self._scratch = kernels.Scratch(device)
         self._retired: list[torch.Tensor] = []
@@ -74,90 +105,143 @@ class DeviceRows:
 
         return cls(device, kernels, count_exponents=count_exponents)
 
-    def reserve(self) -> None:
-        """Make room for one more tensor, before a graph is captured with today's addresses."""
+    def reserve(self, features: int = 0) -> None:
+        """Make room for one more tensor, before a graph is captured with today's addresses.
+
+        Args:
+            features: Of the tensor; 0 where they are not known yet.
+        """
         self._reserved += 1
+        self._vectors.reserve(features + (EXPONENTS if self._count_exponents else 0))
         # Twice: a layer that changes its format, or is called again, needs another row.
         self._grow(2 * self._reserved)
 
-    def start_step(self, *, measuring: bool) -> None:
-        """Neutral rows, micro-batch -1 and the flag, queued on the stream."""
-        self._control[0].fill_(int(measuring))
-        self._control[1].fill_(-1)
+    def start_step(self, *, measuring: bool, detailed: bool = True) -> None:
+        """Neutral rows, micro-batch -1 and the flag, queued on the stream.
+
+        Args:
+            measuring: Whether launches read.
+            detailed: Whether they take the cast's error and the channels, too.
+        """
         self._timing = False
+        self._vectors.prepare()
+        # Two steps off the cadence are alike: the flag is down, and nobody asks for the rest.
+        if measuring or self._measuring:
+            self._flag.fill_(int(measuring))
+        self._measuring, self._detailed = measuring, detailed
         if measuring:
+            self._micro_batch.fill_(-1)
             self._steps += 1
             # Marks cost as much as small kernels; the cost hardly changes from step to step.
-            self._timing = self._steps <= _TIMED_FIRST or self._steps % _TIMED_EVERY == 0
+            due = self._steps <= _TIMED_FIRST or self._steps % _TIMED_EVERY == 0
+            self._timing = due and self._device.type == "cuda"
             self._rows.copy_(self._neutral.expand_as(self._rows))
             self._vectors.zero()
 
-    def next_micro_batch(self) -> None:
+    def next_micro_batch(self, *, recording: bool = False) -> None:
         """Count on, on the device: a captured graph counts at every replay."""
-        self._control[1].add_(1)
+        if self._measuring or recording:
+            self._micro_batch.add_(1)
 
-    def add(self, entry: Entry, x: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """Measure a tensor into its row."""
-        slot = self._slot(entry)
-        features = x.shape[-1] if x.ndim else 1
-        channels = self._channels.get(slot)
-        if channels is None or len(channels) != features:
-            channels = self._channels[slot] = self._vectors.take(features)
-        if self._count_exponents and slot not in self._exponents:
-            self._exponents[slot] = self._vectors.take(EXPONENTS)
-        with self._timed():
-            self._measure(x, entry, slot, scale, channels)
+    def add(
+        self, slot: Slot, x: torch.Tensor, scale: torch.Tensor | None, *, recording: bool = False
+    ) -> None:
+        """Measure a tensor into its row.
+
+        Args:
+            slot: Of the row.
+            x: Floating, of any shape and stride.
+            scale: In force, or None for current scaling.
+            recording: Whether a graph is being captured, whose steps are not known yet.
+        """
+        detailed = self._detailed or recording
+        x = x.detach()
+        address = x.data_ptr()
+        place = None if scale is None else scale.data_ptr()
+        # What Triton compiles for: types, and which addresses are multiples of 16 bytes.
+        aligned = (address % 16, None if place is None else place % 16)
+        key = (x.shape, x.stride(), x.dtype, aligned, detailed)
+        found = slot.ready.get(key)
+        mark = self._mark(recording)
+        if found is not None:
+            for launch in found:
+                launch.start(address, place)
+        else:
+            self._keep(slot, key, self._measure(slot, x, scale, detailed))
+        self._mark_end(mark)
 
     def _measure(
-        self,
-        x: torch.Tensor,
-        entry: Entry,
-        slot: int,
-        scale: torch.Tensor | None,
-        channels: torch.Tensor,
-    ) -> None:
-        self._kernels.accumulate(
-            x.detach(),
+        self, slot: Slot, x: torch.Tensor, scale: torch.Tensor | None, detailed: bool
+    ) -> Sequence[_Ready]:
+        channels = None
+        if detailed:
+            features = x.shape[-1] if x.ndim else 1
+            if slot.channels is None or len(slot.channels) != features:
+                # What is ready adds to the vector of before.
+                slot.ready.clear()
+                slot.channels = self._vectors.take(features)
+            channels = slot.channels
+        if self._count_exponents and slot.exponents is None:
+            slot.exponents = self._vectors.take(EXPONENTS)
+        started: Sequence[_Ready] = self._kernels.accumulate(
+            x,
             self._rows,
-            slot,
-            format=entry.identity.format,
+            slot.index,
+            format=slot.format,
             scale=None if scale is None else scale.detach(),
             control=self._control,
             scratch=self._scratch,
             channels=channels,
-            histogram=self._exponents.get(slot),
-            sqnr=format_named(entry.identity.format).scaled,
+            histogram=slot.exponents,
+            sqnr=detailed and format_named(slot.format).scaled,
         )
+        return started
 
-    def add_codes(self, entry: Entry, codes: torch.Tensor, scale_inv: torch.Tensor) -> None:
+    def add_codes(
+        self, slot: Slot, codes: torch.Tensor, scale_inv: torch.Tensor, *, recording: bool = False
+    ) -> None:
         """Measure FP8 codes into their row."""
-        slot = self._slot(entry)
-        with self._timed():
-            self._kernels.accumulate_codes(
+        address, place = codes.data_ptr(), scale_inv.data_ptr()
+        key = (codes.shape, codes.stride(), codes.dtype, (address % 16, place % 16))
+        found = slot.ready.get(key)
+        mark = self._mark(recording)
+        if found is not None:
+            for launch in found:
+                launch.start(address, place)
+        else:
+            started = self._kernels.accumulate_codes(
                 codes,
                 self._rows,
-                slot,
-                format=entry.identity.format,
+                slot.index,
+                format=slot.format,
                 scale_inv=scale_inv,
                 control=self._control,
                 scratch=self._scratch,
             )
+            self._keep(slot, key, started)
+        self._mark_end(mark)
+
+    def _keep(self, slot: Slot, key: object, started: Sequence[_Ready]) -> None:
+        if started and len(slot.ready) < _MOST_READY:
+            slot.ready[key] = started
 
     def take_marks(self) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
         """Marks around the kernels since the last call, at a step whose cost is measured."""
         marks, self._marks = self._marks, []
         return marks
 
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        if not self._timing or torch.cuda.is_current_stream_capturing():
-            yield
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    def _mark(self, recording: bool) -> torch.cuda.Event | None:
+        if not self._timing or recording:
+            return None
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
-        yield
-        end.record()
-        self._marks.append((start, end))
+        return start
+
+    def _mark_end(self, start: torch.cuda.Event | None) -> None:
+        if start is not None:
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end.record()
+            self._marks.append((start, end))
 
     def take(
         self,
@@ -165,35 +249,52 @@ class DeviceRows:
         """Entries, copies of their rows, and copies of their channel sums."""
         if not self._slots:
             return (), None, []
-        entries = tuple(self._slots)
-        rows = self._rows[: len(entries)].clone()
-        self._vectors.copy()
-        return entries, rows, self._copies(self._channels)
+        if len(self._entries) != len(self._slots):
+            self._entries = tuple(self._slots)
+        rows = self._rows[: len(self._entries)].clone()
+        if self._detailed or self._count_exponents:
+            self._vectors.copy()
+        if not self._detailed:
+            return self._entries, rows, []
+        channels = {entry: slot.channels for entry, slot in self._slots.items()}
+        return self._entries, rows, self._copies(channels)
 
     def histograms(self) -> list[tuple[Entry, torch.Tensor]]:
         """Entries with copies of their counts by power of two, after `take`."""
-        return self._copies(self._exponents)
+        if not self._count_exponents:
+            return []
+        return self._copies({entry: slot.exponents for entry, slot in self._slots.items()})
 
-    def _copies(self, vectors: Mapping[int, torch.Tensor]) -> list[tuple[Entry, torch.Tensor]]:
+    def _copies(
+        self, vectors: Mapping[Entry, torch.Tensor | None]
+    ) -> list[tuple[Entry, torch.Tensor]]:
         return [
-            (entry, self._vectors.copy_of(vectors[slot]))
-            for entry, slot in self._slots.items()
-            if slot in vectors
+            (entry, self._vectors.copy_of(vector))
+            for entry, vector in vectors.items()
+            if vector is not None
         ]
 
-    def _slot(self, entry: Entry) -> int:
-        # Micro-batches of one tensor share a row.
-        known = replace(entry, micro_batch=None)
+    def slot(self, entry: Entry) -> Slot:
+        """The row of a tensor, whose micro-batches share it."""
+        known = entry if entry.micro_batch is None else replace(entry, micro_batch=None)
         slot = self._slots.get(known)
         if slot is None:
-            slot = self._slots[known] = len(self._slots)
-            self._grow(slot + 1)
+            slot = Slot(len(self._slots), entry.identity.format)
+            self._grow(slot.index + 1)
+            self._slots[known] = slot
         return slot
+
+    @property
+    def bytes(self) -> int:
+        """Memory on the device that the rows, their vectors and the kernels' sums take."""
+        own = [self._rows, self._neutral, self._control, *self._retired]
+        rows = sum(t.numel() * t.element_size() for t in own)
+        return rows + self._vectors.bytes + int(self._scratch.bytes)
 
     def _grow(self, rows: int) -> None:
         if rows <= len(self._rows):
             return
-        if torch.cuda.is_current_stream_capturing():
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "more tensors in the graph than were seen before its capture; run one eager step "
                 "after watch() and before capturing"
@@ -203,6 +304,8 @@ class DeviceRows:
         # A graph captured earlier still writes to the old rows.
         self._retired.append(self._rows)
         self._rows = wider
+        for slot in self._slots.values():
+            slot.ready.clear()
 
 
 class _Arena:
@@ -213,18 +316,37 @@ class _Arena:
         self._buffers: list[torch.Tensor] = []
         self._copied: list[torch.Tensor] = []
         self._free = 0
+        self._wanted = 0
+
+    def reserve(self, size: int) -> None:
+        """So much more will be taken."""
+        self._wanted += size + size % 2
+
+    def prepare(self) -> None:
+        """Make what was reserved, once."""
+        if not self._buffers and self._wanted:
+            self._add(max(_ARENA, self._wanted))
+
+    def _add(self, size: int) -> None:
+        buffer = torch.zeros(size, dtype=torch.float64, device=self._device)
+        self._buffers.append(buffer)
+        self._free = len(buffer)
 
     def take(self, size: int) -> torch.Tensor:
         """Zeros that keep their place."""
         # 16 bytes: Triton has another kernel for addresses that are no multiple of it.
         size_taken = size + size % 2
         if size_taken > self._free:
-            buffer = torch.zeros(max(_ARENA, size_taken), dtype=torch.float64, device=self._device)
-            self._buffers.append(buffer)
-            self._free = len(buffer)
+            self._add(max(_ARENA, size_taken))
         start = len(self._buffers[-1]) - self._free
         self._free -= size_taken
         return self._buffers[-1][start : start + size]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers and of their last copies."""
+        held = [*self._buffers, *self._copied]
+        return sum(t.numel() * t.element_size() for t in held)
 
     def zero(self) -> None:
         """All vectors to zero, queued on the stream."""

@@ -19,7 +19,7 @@ from foreshock.monitor.layers import Adapter, HookContext, adapters
 from foreshock.monitor.layers.adapter import Hook
 from foreshock.monitor.scalars import find_loss
 
-__all__ = ["ModelHooks", "find_layers", "is_watched", "plain_name", "unwrapped"]
+__all__ = ["ModelHooks", "count_modules", "find_layers", "is_watched", "plain_name", "unwrapped"]
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -34,6 +34,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def count_modules(model: nn.Module) -> int:
+    """The model and everything in it."""
+    return sum(1 for _ in model.modules())
 
 
 def plain_name(name: str) -> str:
@@ -128,7 +133,7 @@ class ModelHooks:
         self._collector = collector
         collector.on_begin = self._begin
         collector.on_loss = on_loss
-        self._context = HookContext(collector, guard, self._begin)
+        self._context = HookContext(collector, guard, self._begin, lambda: self._begun)
         self._handle = collector.handle
         self._handles = [
             model.register_forward_pre_hook(

@@ -10,16 +10,18 @@ a launch in a CUDA graph does at each replay what the step asks for.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
 
 from foreshock.monitor.formats import Format, format_named
+from foreshock.monitor.launches import Launch, Prepared
 from foreshock.monitor.triton_kernels import accumulate_kernel, channels_kernel
 
-__all__ = ["Scratch", "accumulate", "accumulate_codes"]
+__all__ = ["Prepared", "Scratch", "accumulate", "accumulate_codes"]
 
 _PARTIALS: Final = 2**15
 _FIELDS: Final = 16
@@ -33,59 +35,108 @@ _CHANNEL_TILE: Final = 32
 _PROGRAMS_PER_CORE: Final = 4
 _CASTING_PER_CORE: Final = 4
 _INTERPRETED_CORES: Final = 1
+_SPARE: Final = 3
 _CODES: Final = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 class Scratch:
     """Where programs leave their sums, per stream, so that kernels of two streams do not meet.
 
+    A few are made at once: while a graph is captured, or torch.compile warms one up, what is newly
+    allocated is the graph's, and must not outlive its run.
+
     Args:
         device: A CUDA device.
+        per_core: Programs per multiprocessor, where the default is not to be used.
 
     Attributes:
         launches: Launches worked out, by what they depend on.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, per_core: int | None = None) -> None:
         self._device = device
+        self._per_core = per_core
         # On a CPU the kernels run in Triton's interpreter, one program after the other.
         self._cores = (
             torch.cuda.get_device_properties(device).multi_processor_count
             if device.type == "cuda"
             else _INTERPRETED_CORES
         )
+        self._index = device.index or 0
+        on_cuda = device.type == "cuda"
+        if on_cuda and device.index is None:
+            self._index = torch.cuda.current_device()
+        # torch.cuda.current_stream makes an object first; this is asked for at every launch.
+        self._current_stream: Callable[[int], int] = (
+            torch._C._cuda_getCurrentRawStream if on_cuda else _no_stream
+        )
+        self._addresses: dict[int, tuple[int, int]] = {}
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._channels: dict[int, torch.Tensor] = {}
-        self.launches: dict[object, _Launch] = {}
+        # The stream in use, one to warm a graph up in, and one to capture it in.
+        self._spare = [self._new_buffers() for _ in range(_SPARE if on_cuda else 0)]
+        self._spare_channels = [self._new_channels(1) for _ in self._spare]
+        self.launches: dict[object, Launch] = {}
 
     def programs(self, *, casting: bool) -> int:
         """How many programs fill the device."""
+        if self._per_core is not None:
+            return self._cores * self._per_core
         return self._cores * (_CASTING_PER_CORE if casting else _PROGRAMS_PER_CORE)
+
+    @property
+    def bytes(self) -> int:
+        """Memory on the device."""
+        held = [t for buffers in (*self._buffers.values(), *self._spare) for t in buffers]
+        held += [*self._channels.values(), *self._spare_channels]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def _new_buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        partials = torch.empty(_PARTIALS * _FIELDS, dtype=torch.float64, device=self._device)
+        counter = torch.zeros(1, dtype=torch.int32, device=self._device)
+        row = torch.zeros(1, _ROW, dtype=torch.float64, device=self._device)
+        return partials, counter, row
+
+    def _new_channels(self, elements: int) -> torch.Tensor:
+        # Most launches have as many programs as fill the device, each with a tile's width.
+        usual = self.programs(casting=False) * _WIDEST
+        return torch.empty(max(elements, usual), dtype=torch.float64, device=self._device)
 
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Partial sums, the counter of finished programs, and a row for a first pass."""
-        stream = self._stream()
+        stream = self.stream()
         found = self._buffers.get(stream)
         if found is None:
-            partials = torch.empty(_PARTIALS * _FIELDS, dtype=torch.float64, device=self._device)
-            counter = torch.zeros(1, dtype=torch.int32, device=self._device)
-            row = torch.zeros(1, _ROW, dtype=torch.float64, device=self._device)
-            found = self._buffers[stream] = (partials, counter, row)
+            found = self._spare.pop() if self._spare else self._new_buffers()
+            self._buffers[stream] = found
         return found
 
-    def _stream(self) -> int:
-        if self._device.type != "cuda":
-            return 0
-        return torch.cuda.current_stream(self._device).cuda_stream
+    def stream(self) -> int:
+        """Handle of the stream in use."""
+        return self._current_stream(self._index)
+
+    def addresses(self, stream: int) -> tuple[int, int]:
+        """Where the partial sums and the counter of a stream are."""
+        found = self._addresses.get(stream)
+        if found is None:
+            partials, counter, _ = self.buffers()
+            found = self._addresses[stream] = (partials.data_ptr(), counter.data_ptr())
+        return found
 
     def channels(self, elements: int) -> torch.Tensor:
         """Room for the channel sums of every program."""
-        stream = self._stream()
+        stream = self.stream()
         found = self._channels.get(stream)
+        if found is None and self._spare_channels:
+            found = self._channels[stream] = self._spare_channels.pop()
         if found is None or found.numel() < elements:
-            found = torch.empty(elements, dtype=torch.float64, device=self._device)
-            self._channels[stream] = found
+            found = self._channels[stream] = self._new_channels(elements)
         return found
+
+
+def _no_stream(device: int) -> int:
+    """On a CPU there is one order of things."""
+    return 0
 
 
 # Compared by identity: it is asked for at every launch.
@@ -196,7 +247,7 @@ def accumulate(
     sequences: bool = True,
     sqnr: bool = True,
     histogram: torch.Tensor | None = None,
-) -> None:
+) -> tuple[Prepared, ...]:
     """Measure x into rows[slot]. Queues one kernel (two for a scale that x itself decides).
 
     Args:
@@ -210,23 +261,26 @@ def accumulate(
         scratch: Of x's device.
         channels: float64 (features,), to which sums over tokens of x^2 are added.
         sequences: Take the kurtosis of each sequence (three or more dims).
-        sqnr: Take the cast's error.
+        sqnr: Take the cast's error; where nobody takes it, its sum is NaN.
         histogram: float64 (256,), to which counts by the biased float32 exponent of finite
             non-zero magnitudes are added.
+
+    Returns:
+        The launches, ready for the next tensor of this kind; none where they cannot be had again.
     """
     number = format_named(format)
     want = _wanted(format, sequences, sqnr and number.scaled)
-    if not number.scaled:
-        _launch(x, rows, slot, want, None, control, scratch, channels, histogram)
-        return
-    if scale is not None:
-        _launch(x, rows, slot, want, scale, control, scratch, channels, histogram)
-        return
+    if scale is not None or not number.scaled:
+        given = scale if number.scaled else None
+        only = _launch(x, rows, slot, want, given, control, scratch, channels, histogram)
+        return () if only is None else (only,)
     _, _, first = scratch.buffers()
     plain = _wanted("fp32", False, False, fresh=True)
-    _launch(x, first, 0, plain, None, control, scratch, None, None)
+    one = _launch(x, first, 0, plain, None, control, scratch, None, None)
     current = _wanted(format, sequences, want.error, from_amax=True)
-    _launch(x, rows, slot, current, first[0, _AMAX:], control, scratch, channels, histogram)
+    amax = first[0, _AMAX:]
+    two = _launch(x, rows, slot, current, amax, control, scratch, channels, histogram)
+    return () if one is None or two is None else (one, two)
 
 
 def accumulate_codes(
@@ -238,41 +292,18 @@ def accumulate_codes(
     scale_inv: torch.Tensor,
     control: torch.Tensor,
     scratch: Scratch,
-) -> None:
+) -> tuple[Prepared, ...]:
     """Measure the tensor that FP8 codes stand for, code x scale_inv, into rows[slot].
 
     Zero codes count as zeros, codes at the largest magnitude as overflow, codes below the smallest
     normal as subnormal; what the codes no longer tell (flushed elements, the error) is not counted.
+    Returns what `accumulate` returns.
     """
     if codes.dtype == torch.uint8:
         codes = codes.view(_CODES[format])
     want = _wanted(format, True, False, codes=True)
-    _launch(codes, rows, slot, want, scale_inv, control, scratch, None, None)
-
-
-@dataclass(slots=True)
-class _Launch:
-    """A launch worked out for tensors of one shape, and the kernels that Triton made for it.
-
-    Triton looks at every argument of a launch to find the kernel for it; for tensors that come
-    again at every step that is most of the cost, so the kernel is kept and started directly.
-
-    Attributes:
-        grid, numbers, constants: Of `accumulate_kernel`, behind its pointers.
-        compiled: The kernel, once it has run.
-        room: Elements that the channel sums of all programs take.
-        channel_grid, channel_numbers, channel_constants, channel_compiled: Of `channels_kernel`.
-    """
-
-    grid: tuple[int, int, int]
-    numbers: tuple[Any, ...]
-    constants: dict[str, Any]
-    room: int
-    channel_grid: tuple[int, int, int]
-    channel_numbers: tuple[Any, ...]
-    channel_constants: dict[str, Any]
-    compiled: Any = None
-    channel_compiled: Any = None
+    only = _launch(codes, rows, slot, want, scale_inv, control, scratch, None, None)
+    return () if only is None else (only,)
 
 
 @functools.cache
@@ -281,7 +312,7 @@ def _has_pairs(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _plan(view: _View, want: _Wanted, programs: int, *, channels: bool, histogram: bool) -> _Launch:
+def _plan(view: _View, want: _Wanted, programs: int, *, channels: bool, histogram: bool) -> Launch:
     tile_columns = min(triton.next_power_of_2(view.columns), _WIDEST)
     column_blocks = triton.cdiv(view.columns, tile_columns)
     tile_rows = max(_TILE // tile_columns, 1)
@@ -295,7 +326,7 @@ def _plan(view: _View, want: _Wanted, programs: int, *, channels: bool, histogra
         raise ValueError(f"{view.sequences} sequences are more than fit into one launch")
     number = want.format
     steps = number.smallest_normal / number.smallest_subnormal
-    return _Launch(
+    return Launch(
         grid=(groups * splits, 1, 1),
         numbers=(
             view.sequences,
@@ -354,11 +385,11 @@ def _launch(
     scratch: Scratch,
     channels: torch.Tensor | None,
     histogram: torch.Tensor | None,
-) -> None:
+) -> Prepared | None:
     if x.numel() == 0:
         # No sums but that of observations, which is column 1.
         rows[slot, 1:2].add_(control[:1])
-        return
+        return None
     partials, counter, _ = scratch.buffers()
     row = rows[slot]
     pointers = [x, row, partials if scale is None else scale, control, partials, counter]
@@ -379,7 +410,7 @@ def _launch(
         if view.x.data_ptr() != x.data_ptr():
             # A copy, whose pieces lie next to each other; it has a launch of its own.
             _launch(view.x, rows, slot, want, scale, control, scratch, channels, histogram)
-            return
+            return None
         launch = _plan(
             view,
             want,
@@ -399,10 +430,24 @@ def _launch(
         launch.compiled[launch.grid](*arguments, *launch.constants.values())
     if channels is not None:
         _launch_channels(launch, sums, channels, control)
+    # Triton's interpreter leaves nothing that could be started again.
+    if launch.compiled is None:
+        return None
+    return Prepared(
+        launch,
+        scratch,
+        row.data_ptr(),
+        # A scale worked out in a first pass stands at a place of its own.
+        pointers[2].data_ptr() if want.from_amax else None,
+        scale is not None,
+        control.data_ptr(),
+        None if channels is None else channels.data_ptr(),
+        None if histogram is None else histogram.data_ptr(),
+    )
 
 
 def _launch_channels(
-    launch: _Launch, sums: torch.Tensor, channels: torch.Tensor, control: torch.Tensor
+    launch: Launch, sums: torch.Tensor, channels: torch.Tensor, control: torch.Tensor
 ) -> None:
     arguments = (sums, channels, control, *launch.channel_numbers)
     if launch.channel_compiled is None or channels.data_ptr() % 16:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
-__all__ = ["WHOLE", "Part", "local_of", "part_of", "replicas"]
+__all__ = ["PLAIN", "WHOLE", "Part", "local_of", "part_of", "replicas"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ def part_of(x: torch.Tensor) -> tuple[torch.Tensor, Part] | None:
     """
     if not (x.is_floating_point() and x.layout is torch.strided) or x.is_meta:
         return None
-    if type(x) in _PLAIN:
+    if type(x) in PLAIN:
         return x, WHOLE
     if not _is_dtensor(x):
         return None
     local = x.to_local()
-    if type(local) not in _PLAIN or any(placement.is_partial() for placement in x.placements):
+    if type(local) not in PLAIN or any(placement.is_partial() for placement in x.placements):
         return None
     return local, _part(x)
 
@@ -75,7 +75,8 @@ def replicas(parameter: torch.Tensor) -> float | None:
     return float(math.prod(size for size, placement in sizes if placement.is_replicate()))
 
 
-_PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
+PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
+"""Types of tensors that hold their own numbers, and all of them."""
 
 
 def _is_dtensor(x: torch.Tensor) -> TypeIs[DTensor]:

@@ -16,20 +16,28 @@ class Cadence:
 
     Attributes:
         tensor_every: n; step 0 is measured.
+        detail_every: On a device, the least distance from one measured step at which the casts'
+            errors and the channels are taken too to the next.
 
     Raises:
-        ValueError: n is below 1.
+        ValueError: One of them is below 1.
     """
 
     tensor_every: int = 10
+    detail_every: int = 10
 
     def __post_init__(self) -> None:
-        if self.tensor_every < 1:
-            raise ValueError(f"tensor_every is {self.tensor_every}; allowed: 1 or more")
+        for name in ("tensor_every", "detail_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
 
     def measures(self, step: int) -> bool:
         """Whether tensors are measured at a step."""
         return step % self.tensor_every == 0
+
+    def details(self, step: int) -> bool:
+        """Whether a step is measured in detail: every so many measured steps."""
+        return step % (self.tensor_every * -(-self.detail_every // self.tensor_every)) == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,11 @@ class Sampling:
             raise ValueError(f"tensors is {self.tensors}; allowed: above 0, at most 1")
         if self.row_stride < 1:
             raise ValueError(f"row_stride is {self.row_stride}; allowed: 1 or more")
+
+    @property
+    def whole(self) -> bool:
+        """Whether every tensor is measured in full."""
+        return self.row_stride == 1 and self.tensors == 1
 
     def of(self, x: torch.Tensor, generator: random.Random) -> torch.Tensor | None:
         """The rows of a tensor to measure, a view; None to leave it out."""

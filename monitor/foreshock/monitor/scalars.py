@@ -6,6 +6,8 @@ Reads parameters and gradients and writes nothing. Reads no value on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import Final
 
 import torch
@@ -14,11 +16,12 @@ from torch import nn
 from foreshock.monitor.collector import Collector
 from foreshock.monitor.guard import Guard
 from foreshock.monitor.operands import DTYPE_FORMATS, Operand
-from foreshock.monitor.placement import local_of
+from foreshock.monitor.placement import PLAIN, local_of
 
 __all__ = [
     "SAMPLED_ELEMENTS",
     "GradientNorms",
+    "Norms",
     "OptimizerTensors",
     "Parameters",
     "Value",
@@ -98,6 +101,19 @@ def one_value(name: str, value: torch.Tensor | float) -> Value:
     return value.detach().reshape(()).to(torch.float64, copy=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """L2 norms by parameter name.
+
+    Attributes:
+        names: In order.
+        vectors: One tensor with all norms, or none.
+    """
+
+    names: tuple[str, ...] = ()
+    vectors: tuple[torch.Tensor, ...] = ()
+
+
 class GradientNorms:
     """L2 norms of gradients as backward leaves them, before anything clips them.
 
@@ -107,9 +123,11 @@ class GradientNorms:
     """
 
     def __init__(self, names: Mapping[nn.Parameter, str], guard: Guard) -> None:
-        self._norms: dict[str, torch.Tensor] = {}
-        self._captured: dict[str, torch.Tensor] = {}
-        self._came: dict[nn.Parameter, None] = {}
+        # By parameter name; the last of two for the same one counts.
+        self._norms: list[Norms] = []
+        self._captured = Norms()
+        self._came: list[torch.Tensor] = []
+        self._known: tuple[list[torch.Tensor], tuple[str, ...]] = ([], ())
         self._guard = guard
         self._names = names
         self._handles = [
@@ -118,19 +136,22 @@ class GradientNorms:
             if parameter.requires_grad
         ]
 
-    def norms(self) -> dict[str, torch.Tensor]:
+    def norms(self) -> Norms:
         """Of the step so far, in the order of the last backward pass.
 
         A captured graph measures at every replay and tells nobody: its numbers are looked up.
         """
-        if self._norms:
-            return self._norms
-        return {name: norm.clone() for name, norm in self._captured.items()}
+        if not self._norms:
+            captured = self._captured
+            return Norms(captured.names, tuple(vector.clone() for vector in captured.vectors))
+        if len(self._norms) == 1 or self._norms[-1].names == self._norms[0].names:
+            return self._norms[-1]
+        return _last_of_each(self._norms)
 
     def start_step(self) -> None:
         """Forget the step that ended."""
-        self._norms = {}
-        self._came = {}
+        self._norms = []
+        self._came = []
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -139,11 +160,11 @@ class GradientNorms:
         self._handles = []
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
-        with self._guard:
-            assert isinstance(parameter, nn.Parameter)
-            if not self._came:
+        # Called for every parameter in every backward pass: nothing here may cost anything.
+        if not self._came:
+            with self._guard:
                 _at_end_of_backward(self._backward_ends)
-            self._came[parameter] = None
+        self._came.append(parameter)
 
     def _backward_ends(self) -> None:
         # Data-parallel wrappers finish their reductions in such a callback too; once more to the
@@ -152,34 +173,56 @@ class GradientNorms:
 
     def _measure(self) -> None:
         with self._guard, torch.no_grad():
-            came, self._came = self._came, {}
-            gradients = {
-                self._names[parameter]: _values(parameter.grad)
-                for parameter in came
-                if parameter.grad is not None
-            }
-            norms = dict(zip(gradients, _norms(list(gradients.values())), strict=True))
+            came, self._came = self._came, []
+            held = [p for p in came if p.grad is not None]
+            if not held:
+                return
+            gradients = [_values(p.grad) for p in held if p.grad is not None]
+            norms = Norms(self._names_of(held), (_stacked(_norms(gradients)),))
             if _capturing(norms):
                 self._captured = norms
             else:
-                # Taken out first, so that the order is that of the last backward pass.
-                for name in norms:
-                    self._norms.pop(name, None)
-                self._norms |= norms
+                self._norms.append(norms)
+
+    def _names_of(self, parameters: list[torch.Tensor]) -> tuple[str, ...]:
+        """Names in order; they are the same in every step, or nearly."""
+        known, names = self._known
+        same = len(known) == len(parameters) and all(map(is_, known, parameters))
+        if not same:
+            names = tuple(self._names[p] for p in parameters if isinstance(p, nn.Parameter))
+            self._known = (parameters, names)
+        return names
+
+
+def _last_of_each(several: Sequence[Norms]) -> Norms:
+    """Each parameter's last norm, in the order in which they came."""
+    found: dict[str, torch.Tensor] = {}
+    for norms in several:
+        for name, norm in zip(norms.names, norms.vectors[0].unbind(0), strict=True):
+            found.pop(name, None)
+            found[name] = norm
+    return Norms(tuple(found), (_stacked(list(found.values())),))
+
+
+def _stacked(norms: list[torch.Tensor]) -> torch.Tensor:
+    if len({norm.dtype for norm in norms[:1]} | {norm.dtype for norm in norms}) > 1:
+        norms = [norm.double() for norm in norms]
+    return torch.stack(norms)
 
 
 def _at_end_of_backward(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
-def _capturing(norms: Mapping[str, torch.Tensor]) -> bool:
-    on_cuda = any(norm.is_cuda for norm in norms.values())
+def _capturing(norms: Norms) -> bool:
+    on_cuda = any(vector.is_cuda for vector in norms.vectors)
     return on_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _values(x: torch.Tensor) -> torch.Tensor:
     """The numbers that this process holds of a gradient or a parameter."""
-    held = local_of(x.detach())
+    # Asked for each parameter in each step; most are plain.
+    held = x if type(x) in PLAIN else local_of(x.detach())
     return held.coalesce().values() if held.is_sparse else held
 
 
@@ -195,17 +238,26 @@ class Parameters:
         self._parameters = [p for p in names if local_of(p.detach()).numel()]
         self._names = tuple(names[parameter] for parameter in self._parameters)
         self._before: torch.Tensor | None = None
+        self._views: list[tuple[nn.Parameter, int, torch.Tensor]] = []
         self._weights: torch.Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the samples: the weights', and of the two between which a step lies."""
+        weights = self._weights
+        return 0 if weights is None else 3 * weights.numel() * weights.element_size()
 
     def before_step(self) -> None:
         """Take the sample that the step is about to change."""
         self._before = self._sample()
 
-    def norms(self) -> dict[str, torch.Tensor]:
+    def norms(self) -> Norms:
         """Each parameter's norm; of a sharded one, the local shard's."""
+        if not self._parameters:
+            return Norms()
         with torch.no_grad():
             norms = _norms([_values(parameter) for parameter in self._parameters])
-        return dict(zip(self._names, norms, strict=True))
+            return Norms(self._names, (_stacked(norms),))
 
     def update_ratio(self) -> torch.Tensor | None:
         """How far the step moved; None without a sample from before it."""
@@ -229,9 +281,18 @@ class Parameters:
         return (moved.double() / size.double()).sqrt()
 
     def _sample(self) -> torch.Tensor | None:
+        if not self._parameters:
+            return None
         with torch.no_grad():
-            samples = [_sample_of(parameter) for parameter in self._parameters]
-            return torch.cat(samples).float() if samples else None
+            # Views are made once, for as long as every parameter stays where it is.
+            if not self._views or any(p.data_ptr() != at for p, at, _ in self._views):
+                plain = all(type(p) in PLAIN for p in self._parameters)
+                samples = [_sample_of(parameter) for parameter in self._parameters]
+                pairs = zip(self._parameters, samples, strict=True)
+                self._views = [(p, p.data_ptr(), s) for p, s in pairs] if plain else []
+            else:
+                samples = [sample for _, _, sample in self._views]
+            return torch.cat(samples).float()
 
 
 class OptimizerTensors:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -25,9 +24,9 @@ from foreshock.monitor import te_exact
 from foreshock.monitor.assembly import Assembler
 from foreshock.monitor.attach import forget_compiled, ranks, trained_parameters
 from foreshock.monitor.budget import Budget, Plan, PlanBook
-from foreshock.monitor.collector import Collector, Taken, WhatIf
+from foreshock.monitor.collector import Collector, Taken
 from foreshock.monitor.guard import Guard
-from foreshock.monitor.hooks import ModelHooks, find_layers, unwrapped
+from foreshock.monitor.hooks import ModelHooks, count_modules, find_layers, unwrapped
 from foreshock.monitor.layers import Adapter
 from foreshock.monitor.placement import local_of, replicas
 from foreshock.monitor.rank_reports import Reporter
@@ -51,8 +50,8 @@ from foreshock.monitor.settings import (
 from foreshock.monitor.shipping import Service, Shipper
 from foreshock.monitor.sinks import Sink
 from foreshock.monitor.spool import Spool
-from foreshock.monitor.steps import Step, closing_events, snapshot_of
-from foreshock.monitor.whatif import known_formats, what_if_rows
+from foreshock.monitor.steps import Losses, Step, closing_events, snapshot_of
+from foreshock.monitor.whatif import what_if_of
 from foreshock.monitor.worker import Worker
 
 __all__ = ["Watch", "watch"]
@@ -72,6 +71,7 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
     collect: str | None = None,
     spool: Path | str | None = None,
     tensor_every: int = 10,
+    detail_every: int = 10,
     include: str | None = None,
     exclude: str | None = None,
     config: Mapping[str, object] | None = None,
@@ -101,6 +101,9 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
             instead of the service; None takes FORESHOCK_COLLECT.
         spool: Folder; None takes FORESHOCK_SPOOL, else ./foreshock-spool.
         tensor_every: Tensors are measured at every n-th step, scalars at every step.
+        detail_every: On a CUDA device sqnr_db and the channels' statistics cost as much as all
+            others: they are taken at every n-th step at most and null in between. On a CPU they
+            are taken with the others.
         include: Regular expression over layer names; None takes all.
         exclude: Regular expression over layer names to leave out.
         config: Plain data about the run, for people.
@@ -126,7 +129,7 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
         collect=collect or default_collect(),
         token=os.environ.get("FORESHOCK_TOKEN") or None,
         spool=Path(spool) if spool is not None else default_spool(),
-        cadence=Cadence(tensor_every),
+        cadence=Cadence(tensor_every, detail_every),
         include=include,
         exclude=exclude,
         config=config,
@@ -222,11 +225,12 @@ class Watch:
         layers: Mapping[str, tuple[nn.Module, Adapter]],
         names: Mapping[nn.Parameter, str],
     ) -> None:
+        self._losses = Losses(self.device)
         probe = self.settings.probe
         self._collector = Collector(
             self.device,
             probe=self.device.type == "cpu" if probe is None else probe,
-            what_if=_what_if(self.settings.what_if),
+            what_if=what_if_of(self.settings.what_if),
             count_exponents=self.settings.histogram,
         )
         self._hooks = ModelHooks(
@@ -235,12 +239,11 @@ class Watch:
             collector=self._collector,
             guard=self._guard,
             on_forward=self._forward_begins,
-            on_loss=self._loss_came,
+            on_loss=self._losses.came,
         )
         if forget_compiled(self._model):
             _LOGGER.info("the model has run compiled; it is compiled anew, with the hooks")
-        self._captured_losses: list[torch.Tensor] = []
-        self._modules = _count(self._model)
+        self._modules = count_modules(self._model)
         self._told: set[tuple[str, str]] = set()
         self._start_collecting()
         self._gradients = GradientNorms(names, self._guard)
@@ -368,11 +371,12 @@ class Watch:
                 self._hooks.micro_batch()
 
     def _new_step(self, number: int) -> Step:
-        return Step(number, self._plans.at(number).cadence.measures(number))
+        cadence = self._plans.at(number).cadence
+        return Step(number, cadence.measures(number), cadence.details(number))
 
     def _start_collecting(self) -> None:
         self._collector.sampling = self._plans.at(self._step.number).sampling
-        self._collector.start_step(measuring=self._step.measured)
+        self._collector.start_step(measuring=self._step.measured, detailed=self._step.detailed)
         self._hooks.start_step()
 
     def _forward_begins(self) -> None:
@@ -383,20 +387,13 @@ class Watch:
         if self._mark is None:
             self._mark = time.perf_counter()
 
-    def _loss_came(self, loss: torch.Tensor) -> None:
-        # A copy: the loop may divide the loss in place.
-        copy = loss.detach().clone()
-        if copy.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured_losses.append(copy)
-        else:
-            self._step.losses.append(copy)
-
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._capturing():
             return
         with self._guard:
             self._rate = learning_rate(optimizer)
-            self._parameters.before_step()
+            if self._reads_parameters(self._step):
+                self._parameters.before_step()
             if self._states is not None and self._step.measured:
                 self._states.gradients(self._collector)
 
@@ -436,8 +433,7 @@ class Watch:
         step.time = datetime.now(UTC)
         step.gradients = self._gradients.norms()
         self._gradients.start_step()
-        if not step.losses:
-            step.losses = [loss.clone() for loss in self._captured_losses]
+        step.losses = self._losses.take()
         self._tell_skipped(step)
         self._ended = step
         self._time_step(step)
@@ -448,9 +444,15 @@ class Watch:
         ratio = self._parameters.update_ratio()
         if ratio is not None:
             step.scalars["update_ratio"] = ratio
-        # On a GPU reading every parameter is a cost that belongs to the cadence.
-        if step.measured or self.device.type == "cpu":
+        if self._reads_parameters(step):
             step.parameters = self._parameters.norms()
+        if step.measured and step.detailed:
+            own = self._collector.bytes + self._parameters.bytes
+            step.scalars["monitor_bytes"] = float(own)
+
+    def _reads_parameters(self, step: Step) -> bool:
+        # On a GPU reading every parameter is a cost that belongs to the cadence.
+        return step.measured or self.device.type == "cpu"
 
     def _tell_skipped(self, step: Step) -> None:
         new = self._collector.skipped - self._told
@@ -462,9 +464,12 @@ class Watch:
 
     def _look_for_new_layers(self) -> None:
         """Watch layers that came after the watch; asked where tensors are measured anyway."""
-        if not self._step.measured or _count(self._model) == self._modules:
+        step = self._step
+        # Counting modules is nothing beside measuring on a CPU, but not beside launches.
+        asked = step.measured if self.device.type == "cpu" else step.detailed
+        if not asked or count_modules(self._model) == self._modules:
             return
-        self._modules = _count(self._model)
+        self._modules = count_modules(self._model)
         settings = self.settings
         found = find_layers(self._model, include=settings.include, exclude=settings.exclude)
         new = self._hooks.attach_new(found)
@@ -490,11 +495,3 @@ class Watch:
         step, self._ended = self._ended, None
         if step is not None:
             self._worker.submit(snapshot_of(step, self.device))
-
-
-def _what_if(formats: Sequence[str]) -> WhatIf | None:
-    return partial(what_if_rows, formats=known_formats(formats)) if formats else None
-
-
-def _count(model: nn.Module) -> int:
-    return sum(1 for _ in model.modules())

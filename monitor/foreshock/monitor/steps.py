@@ -9,16 +9,57 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Final
 
 import torch
 
 from foreshock.monitor.collector import Taken
 from foreshock.monitor.record import Event
-from foreshock.monitor.scalars import Value, mean
+from foreshock.monitor.scalars import Norms, Value, mean
 from foreshock.monitor.snapshot import Snapshot
 from foreshock.monitor.transfer import pack
 
-__all__ = ["Step", "closing_events", "snapshot_of"]
+__all__ = ["Losses", "Step", "closing_events", "snapshot_of"]
+
+
+# Far more than the micro-batches of two steps.
+_KEPT: Final = 4096
+
+
+class Losses:
+    """The losses of a step, one per micro-batch, as copies: the loop may divide them in place.
+
+    What is newly allocated while torch.compile warms up or captures a CUDA graph is the graph's own
+    and must not be held, so on a device the places are made at once. A place is used again after
+    4,096 losses.
+
+    Args:
+        device: Where the training is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        on_cuda = device.type == "cuda"
+        self._places = torch.zeros(2 * _KEPT if on_cuda else 0, dtype=torch.float32, device=device)
+        self._next = 0
+        self._came: list[torch.Tensor] = []
+        # A replay computes them anew at the same places, and tells nobody.
+        self._captured: list[torch.Tensor] = []
+
+    def came(self, loss: torch.Tensor) -> None:
+        """Keep a loss."""
+        if not loss.is_cuda:
+            self._came.append(loss.detach().clone())
+        elif torch.cuda.is_current_stream_capturing():
+            place = self._places[_KEPT + len(self._captured) % _KEPT]
+            self._captured.append(place.copy_(loss.detach()))
+        else:
+            self._came.append(self._places[self._next].copy_(loss.detach()))
+            self._next = (self._next + 1) % _KEPT
+
+    def take(self) -> list[torch.Tensor]:
+        """Those of the step that has ended."""
+        came, self._came = self._came, []
+        return came or [loss.clone() for loss in self._captured]
 
 
 @dataclass(slots=True)
@@ -27,12 +68,13 @@ class Step:
 
     number: int
     measured: bool
+    detailed: bool = True
     losses: list[torch.Tensor] = field(default_factory=list)
     logged: dict[str, list[Value]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     scalars: dict[str, Value] = field(default_factory=dict)
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients: Norms = field(default_factory=Norms)
+    parameters: Norms = field(default_factory=Norms)
     taken: Taken = field(default_factory=Taken)
     time: datetime | None = None
 
@@ -51,8 +93,8 @@ def snapshot_of(step: Step, device: torch.device) -> Snapshot:
     groups: dict[str, Sequence[torch.Tensor]] = {
         "scalars": list(tensors.values()),
         "losses": step.losses,
-        "gradients": list(step.gradients.values()),
-        "parameters": list(step.parameters.values()),
+        "gradients": step.gradients.vectors,
+        "parameters": step.parameters.vectors,
         "sums": taken.sums,
         "device": [] if taken.device is None else [taken.device],
         "probes": taken.probes,
@@ -66,8 +108,8 @@ def snapshot_of(step: Step, device: torch.device) -> Snapshot:
         scalars={k: float(v) for k, v in scalars.items() if k not in tensors},
         names={
             "scalars": tuple(tensors),
-            "gradients": tuple(step.gradients),
-            "parameters": tuple(step.parameters),
+            "gradients": step.gradients.names,
+            "parameters": step.parameters.names,
         },
         measured=step.measured,
         entries=tuple(taken.entries),

@@ -61,6 +61,8 @@ def pack(groups: Mapping[str, Sequence[torch.Tensor]], device: torch.device) -> 
 
 def _flat(group: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     tensors = [t if t.device == device else t.to(device, non_blocking=True) for t in group]
+    if len(tensors) == 1:
+        return tensors[0].reshape(-1).double()
     shape = tensors[0].shape
     # Both promote mixed types. Stacking scalars costs one operation, flattening them one each.
     if all(tensor.shape == shape for tensor in tensors):

@@ -323,6 +323,8 @@ def _finish(
         low = nonzero - normal
         if not CODES:
             flushed = nonzero - kept
+    if SCALED and not ERROR:
+        error = tl.full((), float("nan"), tl.float64)
     if FRESH:
         tl.store(row_ptr + 6, amax)
     else:

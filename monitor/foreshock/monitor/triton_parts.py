@@ -137,10 +137,7 @@ def first_at_least(scale, border, STRICT: tl.constexpr, kind: tl.constexpr):
     candidate = near - 3 + tl.arange(0, 8)
     bounded = tl.minimum(tl.maximum(candidate, 0), infinity)
     value = bounded.to(tl.int16).to(kind, bitcast=True).to(tl.float32) * scale
-    if STRICT:
-        reaches = value > border
-    else:
-        reaches = value >= border
+    reaches = value > border if STRICT else value >= border
     reaches = ((candidate > 0) & reaches) | (candidate > infinity)
     short = tl.sum((reaches == 0).to(tl.int32), 0)
     return (1 - tl.maximum(near - 3 + short, 1)).to(tl.int16)

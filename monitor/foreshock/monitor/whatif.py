@@ -5,7 +5,8 @@ Pure functions over tensors: which formats a user can ask for, and one row of su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -13,7 +14,7 @@ import torch
 
 from foreshock.monitor.blocks import block_sums, independent_sums
 
-__all__ = ["WHAT_IF_FORMATS", "known_formats", "what_if_rows"]
+__all__ = ["WHAT_IF_FORMATS", "known_formats", "what_if_of", "what_if_rows"]
 
 WHAT_IF_FORMATS: Final = MappingProxyType(
     {
@@ -44,6 +45,11 @@ def known_formats(names: Sequence[str]) -> tuple[str, ...]:
             known = ", ".join(WHAT_IF_FORMATS)
             raise ValueError(f"unknown what_if format {name!r}; known formats: {known}")
     return tuple(dict.fromkeys(names))
+
+
+def what_if_of(formats: Sequence[str]) -> Callable[[torch.Tensor, str], list[WhatIfRow]] | None:
+    """`what_if_rows` in these formats; None for none."""
+    return partial(what_if_rows, formats=known_formats(formats)) if formats else None
 
 
 def what_if_rows(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.eval_frame import skip_code
 from torch.utils.hooks import RemovableHandle
 
@@ -36,16 +37,19 @@ class Hook:
         guard: Around the function.
         function: Runs eagerly.
         traced: Runs instead while torch.compile traces; None traces as doing nothing.
+        idle: Whether there is nothing to do now; None always runs.
     """
 
-    __slots__ = ("_run", "function", "guard", "traced")
+    __slots__ = ("_run", "function", "guard", "idle", "traced")
 
     def __init__(
         self,
         guard: Guard,
         function: Callable[..., None],
         traced: Callable[..., None] | None = None,
+        idle: Callable[[], bool] | None = None,
     ) -> None:
+        self.idle = idle
         self.guard = guard
         self.function = function
         self.traced = traced
@@ -58,7 +62,13 @@ class Hook:
             if self.traced is not None:
                 self.traced(*args)
             return
-        self._run(*args)
+        if self.idle is not None and self.idle():
+            return
+        # Switching the compiler off costs as much as a hook; mostly there is nothing to switch.
+        if get_eval_frame_callback() is None:
+            self._guarded(*args)
+        else:
+            self._run(*args)
 
     def _guarded(self, *args: Any) -> None:
         with self.guard:
@@ -83,9 +93,16 @@ class HookContext:
         collector: Takes the tensors.
     """
 
-    def __init__(self, collector: Collector, guard: Guard, begins: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        guard: Guard,
+        begins: Callable[[], None],
+        begun: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.collector = collector
         self.begins = begins
+        self._begun = begun
         self._guard = guard
         self._calls: dict[str, int] = {}
         # Calls in training mode that kept no graph, since the model's forward began.
@@ -126,6 +143,15 @@ class HookContext:
     ) -> Hook:
         """The function as something that may hang on a module or a tensor."""
         return Hook(self._guard, function, traced)
+
+    def layer_hook(
+        self, function: Callable[..., None], traced: Callable[..., None] | None = None
+    ) -> Hook:
+        """The same for a layer, whose hook has nothing to do while nothing is looked at."""
+        return Hook(self._guard, function, traced, self._idle)
+
+    def _idle(self) -> bool:
+        return self._begun() and not self.collector.wants
 
 
 class Adapter(Protocol):

@@ -73,9 +73,12 @@ def watch_gemm(
     The hook goes first, so that it sees what the module itself made: a tensor-parallel or sharding
     wrapper converts afterwards.
     """
-    keys = {role: context.collector.key(name, role) for role in OPERAND_ROLES}
+    weight = local_of(module.weight) if isinstance(module.weight, torch.Tensor) else None
+    outputs, inputs = weight.shape if weight is not None and weight.ndim == 2 else (0, 0)
+    features = {"input": inputs, "weight": inputs, "grad_output": outputs}
+    keys = {role: context.collector.key(name, role, features[role]) for role in OPERAND_ROLES}
     gemm = _Gemm(name, context, operand_of, keys)
-    hook = context.hook(gemm.ran, gemm.traced)
+    hook = context.layer_hook(gemm.ran, gemm.traced)
     return [module.register_forward_hook(hook, prepend=True, with_kwargs=True)]
 
 

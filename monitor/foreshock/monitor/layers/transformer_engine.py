@@ -113,7 +113,7 @@ class TransformerEngineAdapter:
             layer = _Gemms(name, context, history, _KINDS[kind])
         if kind != _ATTENTION:
             te_exact.register(module, name, context)
-        hook = context.hook(layer.ran)
+        hook = context.layer_hook(layer.ran)
         return [module.register_forward_hook(hook, prepend=True, with_kwargs=True)]
 
 

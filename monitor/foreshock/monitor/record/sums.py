@@ -78,7 +78,7 @@ class TensorSums:
         flushed: Non-zero elements whose q is zero.
         subnormal: Elements with 0 < abs(x s) below the smallest normal.
         overflow: Elements with abs(x s) > M, counted before the cast.
-        error2: Sum of (q/s - x)^2.
+        error2: Sum of (q/s - x)^2; NaN where nobody took it.
         headroom_log2: Smallest log2(M / (amax s)); +inf where amax is 0.
         scale_log2, scale_log2_max: Smallest and largest log2 s; +inf and -inf where unscaled.
         amax_rank: Rank that holds amax; -1 unknown.
@@ -174,6 +174,13 @@ class TensorSums:
         - scale_log2_p01, _p50, _p99: quantiles over blocks with a scale of floor(log2 s): the
           smallest value that at least this share of the blocks does not pass
         """
+        return {
+            name: np.ma.MaskedArray(values, mask=~valid)
+            for name, (values, valid) in self.columns(what_if=what_if).items()
+        }
+
+    def columns(self, *, what_if: Any = False) -> dict[str, tuple[Array, Any]]:
+        """As `statistics`: values, and where they are valid. Masked arrays are slow to make."""
         some = self.numel > 0
         power = some & (self.sum2 > 0)
         cast = some & self.quantized
@@ -196,7 +203,9 @@ class TensorSums:
                 "headroom_log2": _masked(
                     self.headroom_log2, self.quantized & np.isfinite(self.headroom_log2)
                 ),
-                "sqnr_db": _masked(10 * np.log10(self.sum2 / self.error2), cast & power),
+                "sqnr_db": _masked(
+                    10 * np.log10(self.sum2 / self.error2), cast & power & ~np.isnan(self.error2)
+                ),
                 "scale_log2": _masked(
                     self.scale_log2, self.quantized & np.isfinite(self.scale_log2)
                 ),
@@ -209,14 +218,16 @@ class TensorSums:
             }
         columns |= _channel_statistics(self.channel_sum2, some)
         columns |= _scale_quantiles(self.block_scales, self.quantized)
-        for name in _FORMAT_INDEPENDENT:
-            hidden = np.ma.getmaskarray(columns[name]) | np.asarray(what_if)
-            columns[name] = np.ma.MaskedArray(columns[name].data, mask=hidden)
+        if np.any(what_if):
+            shown = ~np.asarray(what_if)
+            for name in _FORMAT_INDEPENDENT:
+                values, valid = columns[name]
+                columns[name] = values, valid & shown
         return columns
 
 
-def _masked(values: Array, valid: Any) -> np.ma.MaskedArray[Any, Any]:
-    return np.ma.MaskedArray(np.asarray(values), mask=~np.asarray(valid))
+def _masked(values: Array, valid: Any) -> tuple[Array, Any]:
+    return np.asarray(values), np.asarray(valid)
 
 
 def _merge_channels(a: Array | None, b: Array | None) -> Array | None:
@@ -240,9 +251,7 @@ def _without_channels(sums: TensorSums) -> Any:
     return type(sums)(**(values | {"channel_sum2": None}))
 
 
-def _channel_statistics(
-    channels: Array | None, some: Any
-) -> dict[str, np.ma.MaskedArray[Any, Any]]:
+def _channel_statistics(channels: Array | None, some: Any) -> dict[str, tuple[Array, Any]]:
     names = ("channel_kurtosis", "top_channel", "top_channel_share")
     if channels is None or channels.shape[-1] == 0:
         return {name: _masked(np.zeros(np.shape(some)), np.zeros_like(some)) for name in names}
@@ -258,9 +267,7 @@ def _channel_statistics(
     return {name: _masked(value, valid) for name, value in zip(names, values, strict=True)}
 
 
-def _scale_quantiles(
-    counts: Array | None, quantized: Any
-) -> dict[str, np.ma.MaskedArray[Any, Any]]:
+def _scale_quantiles(counts: Array | None, quantized: Any) -> dict[str, tuple[Array, Any]]:
     if counts is None or counts.shape[-1] == 0:
         none = np.zeros_like(quantized)
         return {name: _masked(np.zeros(np.shape(quantized)), none) for name in _QUANTILES}

@@ -42,14 +42,13 @@ bench: setup-dev
 	$(BIN)/python -m benchmarks.ingest
 	$(BIN)/python -m benchmarks.page_latency
 
-# On a machine with a CUDA device and its own torch; needs pytest there and nothing else installed.
+# On a machine with a CUDA device and its own torch; pytest is all that must be installed there.
+# Each is one call of less than 10 minutes; see benchmarks/README.md.
 gpu-test:
-	PYTHONPATH=.:monitor:trainer:api $(PYTHON) -m pytest -q -c tests/gpu/pytest.ini --noconftest tests/gpu
+	$(PYTHON) -m benchmarks.device_run tests
 
 gpu-bench:
-	PYTHONPATH=.:monitor:trainer:api $(PYTHON) -m benchmarks.statistics_bandwidth
-	PYTHONPATH=.:monitor:trainer:api $(PYTHON) -m benchmarks.te_overhead --part every
-	PYTHONPATH=.:monitor:trainer:api $(PYTHON) -m benchmarks.monitor_overhead --device cuda
+	$(PYTHON) -m benchmarks.device_run benchmarks
 
 dashboards: setup-dev
 	$(BIN)/python -m dashboards.build

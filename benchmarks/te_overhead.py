@@ -1,6 +1,7 @@
 """Step time of Transformer Engine layers with statistics, divided by step time without.
 
     python -m benchmarks.te_overhead [--part every|exact|te|plain] [--width 1024] [--freq 10]
+        [--device cpu --tokens 32]
 
 Four te.TransformerLayer (FFN 4 x width, heads of 64), 8,192 tokens as 2 x 4,096, FP8 delayed
 scaling, attention in BF16, forward, backward and fused AdamW. Variants take turns in one process;
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from benchmarks.monitor_overhead import Transformer
+from benchmarks.timing import milliseconds
 from foreshock.monitor import te_exact, watch
 
 BATCH, TOKENS, LAYERS = 2, 4096, 4
@@ -42,23 +44,25 @@ class Variant:
         step: One training step.
         close: Called at the end.
         times: Milliseconds per step, one per round.
+        device: Where it trains.
     """
 
     name: str
     step: Callable[[], None]
     close: Callable[[], object] = lambda: None
     times: list[float] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
 
     def run(self, steps: int) -> float:
         """Milliseconds per step."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(steps):
-            self.step()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / steps
+
+        def work() -> None:
+            for _ in range(steps):
+                self.step()
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return milliseconds(work, self.device) / steps
 
 
 class Scales:
@@ -145,14 +149,16 @@ def nothing(*_: object) -> tuple[Callable[[], object], ...]:
     return (lambda: None, lambda: None)
 
 
-def ours(every: int) -> Callable[..., tuple[Callable[[], object], ...]]:
-    """Our watch, at every n-th step."""
+def ours(every: int, detail: int = 10) -> Callable[..., tuple[Callable[[], object], ...]]:
+    """Our watch, at every n-th step, in detail at every so many."""
 
     def attach(
         model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[Callable[[], object], ...]:
         folder = tempfile.mkdtemp()
-        w = watch(model, optimizer, run="bench", spool=folder, tensor_every=every)
+        w = watch(
+            model, optimizer, run="bench", spool=folder, tensor_every=every, detail_every=detail
+        )
 
         def close() -> None:
             w.flush()
@@ -218,13 +224,15 @@ def compiled(
     return (after, lambda: None)
 
 
-def plain_variant(name: str, width: int, attach: Callable[..., Any]) -> Variant:
+def plain_variant(
+    name: str, width: int, attach: Callable[..., Any], device: torch.device, tokens: int
+) -> Variant:
     """A transformer of nn.Linear in BF16; attach returns what to call with the loss, and close."""
     torch.manual_seed(0)
-    model = Transformer(width, LAYERS, width // 64).to("cuda", torch.bfloat16)
+    model = Transformer(width, LAYERS, width // 64).to(device, torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     before, close = attach(model, optimizer)
-    data = torch.randint(0, 256, (BATCH, TOKENS + 1), device="cuda")
+    data = torch.randint(0, 256, (BATCH, tokens + 1), device=device)
 
     def step() -> None:
         loss = model(data[:, :-1], data[:, 1:])
@@ -233,7 +241,7 @@ def plain_variant(name: str, width: int, attach: Callable[..., Any]) -> Variant:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Variant(name, step, close)
+    return Variant(name, step, close, device=device)
 
 
 def plain_ours(every: int) -> Callable[..., Any]:
@@ -292,29 +300,38 @@ def te_variants(width: int) -> list[Variant]:
     return [te_variant("bare", width, nothing), logged]
 
 
+def plain_variants(width: int, device: torch.device, tokens: int) -> list[Variant]:
+    """The model of plain layers, with what is installed."""
+    attached: dict[str, Callable[..., Any]] = {
+        "bare, nn.Linear in BF16": lambda *_: (lambda *_: None,) * 2,
+        "ours every step": plain_ours(1),
+        "ours every 10": plain_ours(10),
+    }
+    if importlib.util.find_spec("trainscope") is not None:
+        attached["trainscope"] = trainscope
+    return [plain_variant(n, width, attach, device, tokens) for n, attach in attached.items()]
+
+
 def variants(part: str, width: int, freq: int) -> list[Variant]:
     """The variants of a part, the bare one first."""
     if part == "exact":
         return exact_variants(width, freq)
     if part == "te":
         return te_variants(width)
-    if part == "plain":
-        found = [
-            plain_variant("bare, nn.Linear in BF16", width, lambda *_: (lambda _: None,) * 2),
-            plain_variant("ours every step", width, plain_ours(1)),
-            plain_variant("ours every 10", width, plain_ours(10)),
-        ]
-        if importlib.util.find_spec("trainscope") is not None:
-            found.append(plain_variant("trainscope", width, trainscope))
-        return found
     found = [
         te_variant("bare", width, nothing),
         te_variant("ours every step", width, ours(1)),
         te_variant("ours every 10", width, ours(10)),
+        te_variant("ours every step, all in detail", width, ours(1, 1)),
     ]
     if width <= 1024:
         found.append(te_variant("torch.compile'd statistics every step", width, compiled))
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """For the head of the table."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
 
 
 def profile(variant: Variant, steps: int = 3) -> None:
@@ -339,9 +356,14 @@ def main() -> None:
     parser.add_argument("--freq", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of --part plain")
     parser.add_argument("--profile", action="store_true", help="print kernels instead of times")
     options = parser.parse_args()
-    found = variants(options.part, options.width, options.freq)
+    if options.part == "plain":
+        found = plain_variants(options.width, options.device, options.tokens)
+    else:
+        found = variants(options.part, options.width, options.freq)
     for variant in found:
         variant.run(options.steps)
     if options.profile:
@@ -355,7 +377,7 @@ def main() -> None:
         variant.close()
     bare = found[0].times
     print(
-        f"\n{torch.cuda.get_device_name()}, width {options.width}, {BATCH * TOKENS} tokens, "
+        f"\n{device_name(options.device)}, width {options.width}, {BATCH * options.tokens} tokens, "
         f"{options.rounds} rounds of {options.steps} steps\n"
     )
     print("| variant | ms per step | ratio to bare | ratio by round, smallest and largest |")

@@ -79,6 +79,7 @@ def tests() -> list[Part]:
         pytest_part("test_kernels_e4m3", kernels, "-k", "any_shape and e4m3"),
         pytest_part("test_kernels_rest", kernels, "-k", "not any_shape"),
         pytest_part("test_device_rows", "tests/gpu/test_device_rows.py"),
+        pytest_part("test_watch", "tests/gpu/test_watch.py"),
         pytest_part("test_blocks", "tests/gpu/test_blocks.py"),
         pytest_part("test_transformer_engine", "tests/gpu/test_transformer_engine.py"),
     ]

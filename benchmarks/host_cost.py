@@ -139,6 +139,8 @@ KINDS = (
 class Kernels:
     """In place of `foreshock.monitor.kernels`: counts what would be launched."""
 
+    bytes = 0
+
     def __init__(self) -> None:
         self.launches = 0
 
@@ -267,6 +269,7 @@ def main() -> None:
         print(f"| {found.name} | {own:,.0f} | {own - bare:,.0f} | {worker:,.0f} |")
     for found in variants:
         if found.watch is not None:
+            assert found.watch.errors == 0, "the monitor failed; its figures mean nothing"
             found.watch.close()
 
 

@@ -134,7 +134,7 @@ def test_layers_added_later_are_watched_from_the_next_measurement_on(
     last = {t.identity.layer for t in recorder.records[-1].tensors}
     assert last == {"layers.0", "layers.1"}
     kinds = [(e.kind, e.detail) for record in recorder.records for e in record.events]
-    assert kinds == [("layers_added", "layers.1")]
+    assert kinds == [("layers_added", "layers.1"), ("end", None)]
 
 
 def test_zero_elements(start: Start, recorder: Recorder) -> None:

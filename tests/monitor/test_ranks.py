@@ -95,7 +95,8 @@ def check_data_parallel(seen: list[dict[str, Any]]) -> None:
     assert measured["up", "input"]["amax_rank"] == 1, "the outlier is in rank 1's batch"
     assert measured["up", "input"]["observations"] == SIZE
     assert measured["up", "weight"]["numel"] == 2 * WIDTH * WIDTH, "a copy counts once"
-    assert not any(record["events"] for record in records)
+    events = [event["kind"] for record in records for event in record["events"]]
+    assert events == ["end"]
 
 
 def test_data_parallel(tmp_path: Path) -> None:

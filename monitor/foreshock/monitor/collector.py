@@ -56,6 +56,7 @@ class Taken:
         exponents: Histograms of elements by their power of two per identity.
         probes: Plain sums of tensors at a step without statistics, and their entries.
         kernels: Marks around each kernel on the device, at a step whose cost is measured.
+        stacked: Bytes of copies that waited to be measured together, at the end.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -68,6 +69,7 @@ class Taken:
     probe_entries: list[Entry] = field(default_factory=list)
     probes: list[torch.Tensor] = field(default_factory=list)
     kernels: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    stacked: int = 0
 
     @property
     def bytes(self) -> int:
@@ -76,7 +78,7 @@ class Taken:
         held = [*self.sums, *self.probes, *(v for of in vectors for v in of.values())]
         if self.device is not None:
             held.append(self.device)
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return self.stacked + sum(x.numel() * x.element_size() for x in held)
 
 
 class Collector(ops.Receiver):
@@ -93,7 +95,6 @@ class Collector(ops.Receiver):
         measuring: Whether tensors are measured in full.
         sampling: Which share of tensors and rows is measured.
         skipped: Layer and role of tensors of which nothing could be said.
-        bytes: Memory that the last measured step's sums and what waited for them took.
         handle: Under which a compiled graph reaches this collector.
         on_begin: Called when a training forward pass of the model begins inside a graph.
         on_loss: Called with the loss that a graph computed.
@@ -110,7 +111,6 @@ class Collector(ops.Receiver):
         self.on_begin: Callable[[], None] = _nothing
         self.on_loss: Callable[[torch.Tensor], None] = _nothing
         self.measuring = False
-        self.bytes = 0
         self.sampling = Sampling()
         self.skipped: set[tuple[str, str]] = set()
         self.handle = ops.register(self)
@@ -304,8 +304,8 @@ class Collector(ops.Receiver):
 
     def take(self) -> Taken:
         """What passed by during the step."""
-        waiting_bytes = self._stack.bytes
         taken, self._taken = self._taken, Taken()
+        taken.stacked = self._stack.bytes
         waiting, self._waiting = self._waiting, []
         for entry, (sums, channels) in zip(waiting, self._stack.take(), strict=True):
             taken.entries.append(entry)
@@ -318,10 +318,11 @@ class Collector(ops.Receiver):
             for entry, counts in self._rows.histograms():
                 _add(taken.exponents, entry.identity, counts)
             taken.kernels = self._rows.take_marks()
-        if self.measuring:
-            self.bytes = taken.bytes + waiting_bytes
-            self.bytes += 0 if self._rows is None else self._rows.bytes
         return taken
+
+    def bytes_of(self, taken: Taken) -> int:
+        """Memory that a step's sums, and all that is kept from step to step, take."""
+        return taken.bytes + (0 if self._rows is None else self._rows.bytes)
 
     def _measure(self, entry: Entry, x: torch.Tensor, operand: Operand) -> None:
         if operand.granularity != "tensor":

@@ -447,7 +447,7 @@ class Watch:
         if self._reads_parameters(step):
             step.parameters = self._parameters.norms()
         if step.measured and step.detailed:
-            own = self._collector.bytes + self._parameters.bytes
+            own = self._collector.bytes_of(taken) + self._parameters.bytes
             step.scalars["monitor_bytes"] = float(own)
 
     def _reads_parameters(self, step: Step) -> bool:

@@ -64,12 +64,14 @@ def test_the_records_are_those_without_rows(
         monkeypatch.setattr(
             DeviceRows, "on", lambda device, **rest: DeviceRows(device, kernels, **rest)
         )
-        monkeypatch.setattr(Watch, "_reads_parameters", lambda _, step: step.measured)
+        monkeypatch.setattr(Watch, "_reads_parameters", lambda _, s: s.measured and s.detailed)
     found = records(DEVICE, cadence)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.scalars["loss"] == pytest.approx(theirs.scalars["loss"], rel=1e-5)
         assert ours.scalars["grad_norm"] == pytest.approx(theirs.scalars["grad_norm"], rel=1e-4)
-        assert ("param_norm" in ours.scalars) == cadence.measures(ours.step)
+        in_detail = cadence.measures(ours.step) and cadence.details(ours.step)
+        assert ("param_norm" in ours.scalars) == in_detail
+        assert ("update_ratio" in ours.scalars) == in_detail
         assert [t.identity for t in ours.tensors] == [t.identity for t in theirs.tensors]
         assert bool(ours.tensors) == cadence.measures(ours.step)
         for its in theirs.tensors:

@@ -155,7 +155,6 @@ class DeviceRows:
             recording: Whether a graph is being captured, whose steps are not known yet.
         """
         detailed = self._detailed or recording
-        x = x.detach()
         address = x.data_ptr()
         place = None if scale is None else scale.data_ptr()
         # What Triton compiles for: types, and which addresses are multiples of 16 bytes.
@@ -184,7 +183,7 @@ class DeviceRows:
         if self._count_exponents and slot.exponents is None:
             slot.exponents = self._vectors.take(EXPONENTS)
         started: Sequence[_Ready] = self._kernels.accumulate(
-            x,
+            x.detach(),
             self._rows,
             slot.index,
             format=slot.format,

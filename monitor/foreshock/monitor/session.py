@@ -451,8 +451,8 @@ class Watch:
             step.scalars["monitor_bytes"] = float(own)
 
     def _reads_parameters(self, step: Step) -> bool:
-        # On a GPU reading every parameter is a cost that belongs to the cadence.
-        return step.measured or self.device.type == "cpu"
+        # On a GPU reading every parameter costs as much as measuring the weights once more.
+        return (step.measured and step.detailed) or self.device.type == "cpu"
 
     def _tell_skipped(self, step: Step) -> None:
         new = self._collector.skipped - self._told

@@ -225,7 +225,9 @@ def stand_ins() -> Kernels:
     # Adapters of a library are asked where it is loaded.
     sys.modules.setdefault("transformer_engine", types.ModuleType("transformer_engine"))
     # As on a device: reading all parameters belongs to the cadence.
-    Watch._reads_parameters = lambda self, s: s.measured and s.detailed  # type: ignore[method-assign]
+    Watch._reads_parameters = (  # type: ignore[method-assign]
+        lambda self, step: step.measured and step.detailed
+    )
     kernels = Kernels()
     DeviceRows.on = classmethod(  # type: ignore[method-assign,assignment]
         lambda cls, device, **rest: cls(device, kernels, **rest)

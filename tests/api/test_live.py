@@ -20,6 +20,7 @@ from foreshock.api.live_run import HOLD_SECONDS, RunAnalysis
 from foreshock.api.registry import LaunchRequest, Registry
 from foreshock.api.scoring_workers import InlineScoring, Scoring
 from foreshock.api.silence import SilenceWatch
+from foreshock.api.store import StoreUnreachable
 from foreshock.api.stream import EventStream
 from foreshock.monitor.record import SCHEMA, Event, records_to_table
 from tests.api.live_helpers import SUBJECT, ScriptedScorer, record, table_of, wait_until
@@ -33,6 +34,7 @@ class MemoryStore:
         self.risks: dict[tuple[str, int], dict[int, str]] = {}
         self.rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
         self.broken = False
+        self.away: set[str] = set()
 
     def probabilities(self, run_id: str, attempt: int = 1) -> dict[int, tuple[float | None, ...]]:
         """By step, one per horizon; a risk that was kept twice has too many."""
@@ -61,6 +63,8 @@ class MemoryStore:
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
         if self.broken:
             raise OSError("the store is away")
+        if self.away & {group[0] for group in groups}:
+            raise StoreUnreachable("a shard is away")
         for run_id, attempt, table in groups:
             held = self.risks.setdefault((run_id, attempt), {})
             held |= dict(zip(table["step"].to_pylist(), table["state"].to_pylist(), strict=True))
@@ -338,6 +342,22 @@ def test_a_store_that_was_away_costs_time_only(world: World, live: LiveAnalysis)
     world.store.broken = False
     wait_until(lambda: len(world.risks()) == 5)
     assert world.seen == list(range(5))
+
+
+def test_a_lost_shard_holds_back_only_its_own_risks(world: World, live: LiveAnalysis) -> None:
+    request = LaunchRequest(project="default", run="other", launch_id="2" * 32)
+    other, _, _ = world.registry.launch(request)
+    world.store.away = {other}
+    for run_id in (other, world.run_id):
+        world.store.commit(run_id, 1, table_of(range(5)))
+        live.committed(run_id, 1, table_of(range(5)))
+    wait_until(lambda: len(world.risks()) == 5)
+    assert (other, 1) not in world.store.risks
+    world.store.away = set()
+    wait_until(lambda: len(world.store.risks.get((other, 1), {})) == 5)
+    for run_id in (other, world.run_id):
+        # Kept once: three horizons a step.
+        assert [len(row) for row in world.store.probabilities(run_id).values()] == [3] * 5
 
 
 def test_a_new_attempt_has_its_own_scorer_and_ends_the_alerts_of_the_old(

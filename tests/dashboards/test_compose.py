@@ -12,26 +12,55 @@ from typing import Any
 import pytest
 import yaml
 
+from foreshock.api.database import database_url
+from foreshock.api.store_url import ServersPlace, parse_store
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 
 
+CLUSTER = {name for name, service in SERVICES.items() if "cluster" in service.get("profiles", [])}
+
+
 def test_images_are_pinned() -> None:
-    assert set(SERVICES) == {"api", "prometheus", "alertmanager", "grafana"}
+    assert set(SERVICES) - CLUSTER == {"api", "prometheus", "alertmanager", "grafana"}
+    replicas = {"balancer", "api-1", "api-2"}
+    assert (
+        replicas | {"postgres", "keeper", "clickhouse", "clickhouse-1", "clickhouse-2"} == CLUSTER
+    )
     for name, service in SERVICES.items():
-        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), name
+        assert re.search(r":v?\d+(\.\d+){1,3}$", service["image"]), name
+
+
+def test_every_part_of_the_cluster_knows_the_others_names() -> None:
+    config = {name: (ROOT / "dashboards/cluster" / name).read_text() for name in CONFIGS}
+    assert set(re.findall(r"server (\S+):8420", config["nginx.conf"])) == {"api-1", "api-2"}
+    servers = {"clickhouse-1", "clickhouse-2"}
+    assert set(re.findall(r"server (\S+):8123", config["clickhouse-nginx.conf"])) == servers
+    assert set(re.findall(r"<host>(\S+?)</host>", config["clickhouse.xml"])) == {*servers, "keeper"}
+    for name in ("api-1", "api-2"):
+        environment = SERVICES[name]["environment"]
+        place = parse_store(environment["FORESHOCK_STORE"].replace("${FORESHOCK_TOKEN}", "x"), ROOT)
+        assert isinstance(place, ServersPlace)
+        assert place.servers[0].host == "clickhouse"
+        assert f"<{place.cluster}>" in config["clickhouse.xml"]
+        address = environment["FORESHOCK_DATABASE"].replace("${FORESHOCK_TOKEN}", "x")
+        assert database_url(address, ROOT).host == "postgres"
+
+
+CONFIGS = ("nginx.conf", "clickhouse-nginx.conf", "clickhouse.xml", "keeper.xml")
 
 
 def test_ports_are_open_on_loopback_only() -> None:
     for service in SERVICES.values():
-        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
 
 
 def test_every_mounted_file_exists() -> None:
     mounts = [each for service in SERVICES.values() for each in service["volumes"]]
     ours = [each.split(":")[0] for each in mounts if each.startswith("./")]
-    assert len(ours) == 5
+    assert len(ours) == 10
     for path in ours:
         assert (ROOT / path).exists(), path
     named = {each.split(":")[0] for each in mounts if not each.startswith("./")}
@@ -67,10 +96,11 @@ def test_image_runs_as_a_user_and_says_how_it_is() -> None:
 
 
 @pytest.mark.debian
-def test_docker_compose_reads_it() -> None:
+@pytest.mark.parametrize("profile", [[], ["--profile", "cluster"]])
+def test_docker_compose_reads_it(profile: list[str]) -> None:
     if shutil.which("docker-compose") is None:
         pytest.skip("docker-compose is not installed")
-    command = ["docker-compose", "-f", str(ROOT / "docker-compose.yml"), "config", "-q"]
+    command = ["docker-compose", "-f", str(ROOT / "docker-compose.yml"), *profile, "config", "-q"]
     plain = {key: value for key, value in os.environ.items() if key != "FORESHOCK_TOKEN"}
     refused = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     assert refused.returncode != 0

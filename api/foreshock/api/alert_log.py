@@ -232,6 +232,22 @@ class AlertLog:
                 connection.execute(sa.delete(deliveries).where(deliveries.c.alert_id.in_(mine)))
                 connection.execute(sa.delete(alerts).where(alerts.c.run_id == run_id))
 
+    def refresh(self) -> tuple[Alert, ...]:
+        """Read anew what is open, for replicas change it too; the alerts that changed elsewhere."""
+        query = sa.select(alerts).where(alerts.c.state != "resolved")
+        with self._lock:
+            before = {k.id: k.state for kinds in self._open.values() for k in kinds.values()}
+            with self._registry.engine.begin() as connection:
+                rows = connection.execute(query).all()
+                self._open = {}
+                for row in rows:
+                    kinds = self._open.setdefault((row.run_id, row.attempt), {})
+                    kinds[row.kind] = _Open(row.id, row.state, _subject(row))
+                changed = {row.id for row in rows if before.get(row.id) != row.state}
+                changed |= before.keys() - {row.id for row in rows}
+                found = connection.execute(sa.select(alerts).where(alerts.c.id.in_(changed))).all()
+        return tuple(_alert(row) for row in found if row.state != "pending")
+
     def has_open(self, run_id: str, attempt: int) -> bool:
         """Whether an alert of the attempt is pending or firing."""
         with self._lock:

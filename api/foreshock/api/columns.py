@@ -21,7 +21,7 @@ from foreshock.monitor.record import (
     flatten_tensors,
 )
 
-__all__ = ["IDENTITY_COLUMNS", "RecordColumns", "RecordReader", "TensorLayout"]
+__all__ = ["IDENTITY_COLUMNS", "RecordColumns", "RecordReader", "TensorLayout", "tensor_rows"]
 
 IDENTITY_COLUMNS: Final = (
     "layer",
@@ -133,3 +133,11 @@ def _masked(column: pa.ChunkedArray) -> np.ma.MaskedArray[Any, Any]:
     missing = column.is_null().to_numpy()
     values = column.to_numpy() if not missing.any() else column.fill_null(0).to_numpy()
     return np.ma.MaskedArray(values, mask=missing)
+
+
+def tensor_rows(table: pa.Table) -> int:
+    """How many tensors stand in records of `SCHEMA`."""
+    return sum(
+        chunk.offsets[len(chunk)].as_py() - chunk.offsets[0].as_py()
+        for chunk in table["tensors"].chunks
+    )

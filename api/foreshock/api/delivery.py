@@ -42,6 +42,7 @@ DeliveryOutcome = Literal["delivered", "failed", "abandoned"]
 _LONGEST_WAIT: Final = 300.0
 _GIVE_UP_AFTER: Final = timedelta(hours=24)
 _IDLE_WAIT: Final = 30.0
+_ELSEWHERE_WAIT: Final = 1.0
 
 
 class DeliveryError(Exception):
@@ -191,6 +192,8 @@ class Delivery:
         channels: Where alerts go.
         count: Called with (channel, outcome) after each try; must return at once.
         first_wait: Seconds before the second try; doubles up to 5 minutes, a day in all.
+        leads: Whether this replica is the one that sends, asked before each round; None: there is
+            no other.
     """
 
     def __init__(
@@ -201,9 +204,10 @@ class Delivery:
         *,
         count: Callable[[str, DeliveryOutcome], None] | None = None,
         first_wait: float = 1.0,
+        leads: Callable[[], bool] | None = None,
     ) -> None:
         self._workers = tuple(
-            _ChannelWorker(registry, log, channel, count or _uncounted, first_wait)
+            _ChannelWorker(registry, log, channel, count or _uncounted, first_wait, leads)
             for channel in channels
         )
 
@@ -237,12 +241,14 @@ class _ChannelWorker:
         channel: Channel,
         count: Callable[[str, DeliveryOutcome], None],
         first_wait: float,
+        leads: Callable[[], bool] | None,
     ) -> None:
         self._registry = registry
         self._log = log
         self._channel = channel
         self._count = count
         self._first_wait = first_wait
+        self._leads = leads
         self._resend_at = datetime.now(UTC)
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -277,6 +283,8 @@ class _ChannelWorker:
 
     def _round(self) -> float:
         """Send what is due; seconds until the next round."""
+        if self._leads is not None and not self._leads():
+            return _ELSEWHERE_WAIT
         for message in self._due():
             if self._stop.is_set():
                 return 0.0
@@ -357,7 +365,9 @@ class _ChannelWorker:
         waits = [(row.next_try_at - now).total_seconds() for row in rows]
         if self._channel.resend_seconds is not None:
             waits.append((self._resend_at - datetime.now(UTC)).total_seconds())
-        return min(max(min(waits, default=_IDLE_WAIT), 0.05), _IDLE_WAIT)
+        # Another replica's messages wake nobody here.
+        longest = _IDLE_WAIT if self._leads is None else _ELSEWHERE_WAIT
+        return min(max(min(waits, default=longest), 0.05), longest)
 
 
 def _now() -> datetime:

@@ -11,27 +11,26 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 import pyarrow as pa
 
-from foreshock.api.alert_log import Alert, AlertLog, AlertSubject
+from foreshock.api.alert_log import Alert, AlertSubject
 from foreshock.api.alert_text import summary_row
-from foreshock.api.diagnosis import Cause
-from foreshock.api.exposition import RunReading, ServiceTally
+from foreshock.api.columns import tensor_rows
+from foreshock.api.exposition import RunReading
+from foreshock.api.leases import HOUSEKEEPING
 from foreshock.api.live_alerts import AlertFollower
+from foreshock.api.live_parts import LiveParts, RecordStore, UnknownRun
 from foreshock.api.live_run import Latest, RunAnalysis
 from foreshock.api.live_silence import RunSilence
-from foreshock.api.registry import Registry
 from foreshock.api.risks import risk_document, risk_table
 from foreshock.api.scoring import RunKey, Scored
-from foreshock.api.scoring_workers import Scoring
-from foreshock.api.silence import SilenceWatch
-from foreshock.api.stream import EventStream
+from foreshock.api.store import StoreError
 from foreshock.monitor.record import Risk, encode_number
 
 __all__ = ["LiveAnalysis", "LiveParts", "RecordStore"]
@@ -54,62 +53,12 @@ _REQUEST_BYTES: Final = 64 * 1024 * 1024
 _QUEUE_BYTES: Final = 256 * 1024 * 1024
 _FLUSH_ROWS: Final = 2048
 _FLUSH_SECONDS: Final = 0.5
+_RETRY_SAVE_SECONDS: Final = 5.0
 _TICK_SECONDS: Final = 0.2
 _RETRY_SECONDS: Final = 1.0
 _SWEEP_SECONDS: Final = 1.0
 _MOST_DRAINED: Final = 256
 _LAST_DIAGNOSES_SECONDS: Final = 5.0
-
-
-class RecordStore(Protocol):
-    """What the live analysis needs of the store."""
-
-    def step_before(self, run_id: str, attempt: int, up_to: int, count: int) -> int:
-        """The step that exactly the last `count` records with step <= up_to come after, or -1."""
-        ...
-
-    def next_records(self, run_id: str, attempt: int, after: int, count: int) -> pa.Table:
-        """The first `count` records with step > after, sorted by step."""
-        ...
-
-    def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
-        """Keep risk rows of several (run_id, attempt), all or none."""
-        ...
-
-    def last_risk_step(self, run_id: str, attempt: int) -> int | None:
-        """Newest step with a risk row."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiveParts:
-    """What the analysis works with.
-
-    Attributes:
-        registry: Names of runs.
-        store: Records and risk rows.
-        log: Alerts.
-        stream: Readers of events.
-        tally: The service's counters.
-        scoring: Where records are scored.
-        watch: Which runs are silent.
-        diagnose: Causes as of (run_id, attempt, step).
-        alerted: Called after the alert log changed; must return at once.
-    """
-
-    registry: Registry
-    store: RecordStore
-    log: AlertLog
-    stream: EventStream
-    tally: ServiceTally
-    scoring: Scoring
-    watch: SilenceWatch
-    diagnose: Callable[[str, int, int], tuple[Cause, ...]]
-    alerted: Callable[[], None]
-
-
-class UnknownRun(LookupError):
-    """The registry does not know this run (any more)."""
 
 
 class LiveAnalysis:
@@ -180,7 +129,7 @@ class LiveAnalysis:
         tally = self._parts.tally
         tally.add("foreshock_ingest_batches_total")
         tally.add("foreshock_ingest_records_total", table.num_rows)
-        tally.add("foreshock_ingest_tensors_total", _tensor_rows(table))
+        tally.add("foreshock_ingest_tensors_total", tensor_rows(table))
         with self._lock:
             fits = self._queued_bytes + table.nbytes <= _QUEUE_BYTES
             if fits:
@@ -274,7 +223,7 @@ class LiveAnalysis:
         active = {key for key, run in self._runs.items() if run.behind or run.pending}
         chosen: list[tuple[RunAnalysis, pa.Table]] = []
         space, busy = _REQUEST_BYTES, False
-        for key in sorted(active | dirty | set(taken), key=self._turns):
+        for key in sorted(self._mine(active | dirty | set(taken)), key=self._turns):
             if now < self._failed.get(key, 0.0) or space <= 0:
                 self._wait(key, taken.get(key, ()), dirty=key in dirty)
                 busy |= space <= 0
@@ -290,7 +239,9 @@ class LiveAnalysis:
         if now - self._swept_at > _SWEEP_SECONDS:
             self._swept_at = now
             self._forget(now)
-            self._silence.sweep()
+            self._silence.keep_ends()
+            if self._parts.leases.holds(HOUSEKEEPING):
+                self._silence.sweep()
         self._working = False
         return busy
 
@@ -320,6 +271,39 @@ class LiveAnalysis:
             self._silence.forget(run_id)
             self._parts.log.delete(run_id)
             done.set()
+
+    def _mine(self, keys: set[RunKey]) -> set[RunKey]:
+        """What is this replica's; a run that went to another one leaves memory."""
+        leases = self._parts.leases
+        mine = leases.mine({run_id for run_id, _ in keys})
+        for key in [key for key in self._runs if not leases.holds(key[0])]:
+            with self._lock:
+                del self._runs[key]
+            self._unsaved.pop(key, None)
+            self._parts.scoring.forget(key)
+        return {key for key in keys if key[0] in mine}
+
+    def missed(self, run_id: str, attempt: int, last_step: int) -> None:
+        """The store may hold records up to this step that were not handed over; from any thread."""
+        key = (run_id, attempt)
+        with self._lock:
+            run = self._runs.get(key)
+            if run is None or run.newest < last_step:
+                self._dirty.add(key)
+        self._wake.set()
+
+    def heard_elsewhere(self, run_id: str, attempt: int, last_step: int, received: float) -> None:
+        """Another replica took a batch, at this time (seconds since 1970)."""
+        self._silence.heard_elsewhere(run_id, attempt, last_step, received)
+
+    def ended_elsewhere(self, run_id: str) -> None:
+        """A run said that it is over, at any replica."""
+        self._parts.watch.ended(run_id)
+
+    def run_ids(self) -> set[str]:
+        """Runs in memory, or about to be."""
+        with self._lock:
+            return {key[0] for key in (*self._runs, *self._dirty)}
 
     def _turns(self, key: RunKey) -> tuple[bool, float]:
         """Runs whose records are in memory first, then the one that has waited longest."""
@@ -419,6 +403,9 @@ class LiveAnalysis:
         by_key = {answer.key: answer for answer in answers}
         for run, table in chosen:
             run.served = time.monotonic()
+            if not self._parts.leases.holds(run.key[0]):
+                # It took so long that another replica has the run now.
+                continue
             answer = by_key.get(run.key)
             if answer is None:
                 # Lost with its worker: the store has the records, the run a state to go on from.
@@ -470,9 +457,25 @@ class LiveAnalysis:
             return
         self._saved_at = now
         # One INSERT for all runs: the store copes with few large ones, not with many small ones.
-        groups = [(*key, risk_table(risks)) for key, risks in saved.items()]
-        self._parts.store.append_risks(groups)
+        groups = {key: (*key, risk_table(risks)) for key, risks in saved.items()}
+        try:
+            self._parts.store.append_risks(list(groups.values()))
+        except StoreError:
+            self._failure("risk rows could not be saved together")
+            # One shard may be away: what lies on the others must not wait for it, nor be
+            # written again and again.
+            self._saved_at = now + _RETRY_SAVE_SECONDS
+            self._save_apart(groups)
+            return
         for key in saved:
+            del self._unsaved[key]
+
+    def _save_apart(self, groups: Mapping[RunKey, tuple[str, int, pa.Table]]) -> None:
+        for key, group in groups.items():
+            try:
+                self._parts.store.append_risks([group])
+            except StoreError:
+                continue
             del self._unsaved[key]
 
     def _forget(self, now: float) -> None:
@@ -491,10 +494,3 @@ class LiveAnalysis:
 
 def _newer(attempt: int) -> str:
     return f"attempt {attempt} began"
-
-
-def _tensor_rows(table: pa.Table) -> int:
-    return sum(
-        chunk.offsets[len(chunk)].as_py() - chunk.offsets[0].as_py()
-        for chunk in table["tensors"].chunks
-    )

@@ -119,6 +119,14 @@ class RunAnalysis:
         """Records waiting."""
         return 0 if self._pending is None else self._pending.num_rows
 
+    @property
+    def newest(self) -> int:
+        """The newest step that is scored or waits."""
+        waiting = self._pending
+        if waiting is None or not waiting.num_rows:
+            return self.last_step
+        return max(self.last_step, int(pc.max(waiting["step"]).as_py()))
+
     def offer(self, table: pa.Table) -> int:
         """Take records of a committed batch, in any order.
 

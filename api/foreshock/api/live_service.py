@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import pyarrow as pa
 
@@ -16,14 +18,17 @@ from foreshock.api.delivery import AlertmanagerChannel, AppriseChannel, Channel,
 from foreshock.api.diagnosis import Cause
 from foreshock.api.diagnosis_process import DiagnosisProcess
 from foreshock.api.exposition import ServiceTally, metrics_registry
+from foreshock.api.leases import HOUSEKEEPING, RunLeases, SoleReplica
 from foreshock.api.live import LiveAnalysis, LiveParts
 from foreshock.api.live_run import Latest
 from foreshock.api.registry import Registry
+from foreshock.api.replica_feed import ReplicaFeed, publish_alerts, publish_stored
 from foreshock.api.scoring import Scorer, ShippedScorers
 from foreshock.api.scoring_workers import InlineScoring, Scoring, ScoringWorkers
 from foreshock.api.settings import Settings
 from foreshock.api.silence import RunState, SilenceSettings, SilenceWatch
 from foreshock.api.store import Store
+from foreshock.api.store_url import ServersPlace
 from foreshock.api.stream import EventStream
 from foreshock.api.windows import DIAGNOSIS_RECORDS, RunRecords
 
@@ -80,7 +85,14 @@ class LiveService:
         self.log = AlertLog(registry, [channel.name for channel in channels])
         self.stream = EventStream()
         self.tally = ServiceTally()
-        self._delivery = Delivery(registry, self.log, channels, count=self.tally.delivery)
+        leases = self._shared_leases(settings, registry)
+        self._delivery = Delivery(
+            registry,
+            self.log,
+            channels,
+            count=self.tally.delivery,
+            leads=None if leases is None else partial(_leads, leases),
+        )
         parts = LiveParts(
             registry=registry,
             store=self._records,
@@ -91,8 +103,14 @@ class LiveService:
             watch=self._watch,
             diagnose=self.diagnose,
             alerted=self._delivery.wake,
+            leases=leases or SoleReplica(),
         )
         self._analysis = LiveAnalysis(parts, queue_batches=settings.live_queue_batches)
+        self._feed: ReplicaFeed | None = None
+        if leases is not None:
+            show = partial(publish_stored, store, self.stream)
+            tell = partial(publish_alerts, self.stream)
+            self._feed = ReplicaFeed(registry, store, leases, self.log, self._analysis, show, tell)
         self.metrics = metrics_registry(
             tally=self.tally,
             runs=self._analysis.readings,
@@ -100,17 +118,29 @@ class LiveService:
             gauges=self._gauges,
         )
 
+    def _shared_leases(self, settings: Settings, registry: Registry) -> RunLeases | None:
+        """Leases, where other replicas may have the same database and store."""
+        shared = registry.database.shared and isinstance(settings.store_place, ServersPlace)
+        return RunLeases(registry, uuid.uuid4().hex, self._refresh) if shared else None
+
+    def _refresh(self) -> None:
+        publish_alerts(self.stream, self.log.refresh())
+
     def start(self) -> None:
         """Start the threads."""
         self._diagnosis.start()
         self._delivery.start()
         self._analysis.start()
+        if self._feed is not None:
+            self._feed.start()
 
     def stop(self) -> None:
         """End the event readers, then the threads; what is not done is done after a restart."""
         self.stream.close()
         self._analysis.stop()
         self._delivery.stop()
+        if self._feed is not None:
+            self._feed.stop()
         self._diagnosis.stop()
 
     def committed(self, run_id: str, attempt: int, table: pa.Table) -> None:
@@ -159,6 +189,10 @@ class LiveService:
             "foreshock_event_readers": self.stream.readers,
             "foreshock_scoring_queue_length": self._analysis.queue_length,
         }
+
+
+def _leads(leases: RunLeases) -> bool:
+    return HOUSEKEEPING in leases.mine({HOUSEKEEPING})
 
 
 def _scoring(settings: Settings, new_scorer: Callable[[], Scorer]) -> Scoring:

@@ -89,12 +89,30 @@ class RunSilence:
         self._watch.forget(run_id)
         self._ended.pop(run_id, None)
 
-    def sweep(self) -> None:
-        """Note ends, raise and take back alerts; not for ingest's thread."""
+    def heard_elsewhere(self, run_id: str, attempt: int, step: int, received: float) -> None:
+        """Another replica took a batch, which this one knows from the registry alone."""
+        known = self._watch.received(run_id)
+        if known is None or received > known:
+            # Records' own times are not in the registry; those of receipt tell the cadence too.
+            heard = Heard(
+                received=received,
+                first=received,
+                last=received,
+                records=1,
+                attempt=attempt,
+                step=step,
+            )
+            self._watch.heard(run_id, heard)
+
+    def keep_ends(self) -> None:
+        """Write down which runs are over; not for ingest's thread."""
         for run_id, (attempt, step) in list(self._ended.items()):
             if self._registry.run_id(run_id) is not None:
                 self._registry.end_run(run_id, attempt, step)
             self._ended.pop(run_id, None)
+
+    def sweep(self) -> None:
+        """Raise and take back alerts, one replica for all; not for ingest's thread."""
         for change in self._watch.sweep(time.time(), _hours(STALE_ALERT)):
             self._change(change)
         self._close_old()

@@ -16,6 +16,7 @@ __all__ = [
     "deleted_runs",
     "launches",
     "layers",
+    "leases",
     "metadata",
     "replicas",
     "run_ends",
@@ -134,4 +135,12 @@ writes: Final = sa.Table(
     sa.Column("replica", sa.String(32), nullable=False),
     sa.Column("fenced", sa.Boolean, nullable=False),
     sa.Column("swept", sa.Double),
+)
+
+leases: Final = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("name", sa.String(32), primary_key=True),
+    sa.Column("replica", sa.String(32), nullable=False),
+    sa.Column("until", sa.Double, nullable=False),
 )

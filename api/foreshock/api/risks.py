@@ -16,7 +16,7 @@ import pyarrow as pa
 from foreshock.api.store_schema import RISK_SCHEMA
 from foreshock.monitor.record import HORIZONS, Risk, encode_number
 
-__all__ = ["risk_document", "risk_history", "risk_table"]
+__all__ = ["risk_document", "risk_history", "risk_table", "stored_risk"]
 
 
 def risk_table(risks: Iterable[tuple[datetime, Risk]]) -> pa.Table:
@@ -119,3 +119,25 @@ def _peaks(
     edges = np.linspace(0, count - 1, max(points, 2)).astype(np.intp)
     peaks = [a + int(height[a:b].argmax()) for a, b in pairwise(edges)]
     return np.array([*peaks, count - 1], dtype=np.intp)
+
+
+def stored_risk(step: int, rows: Sequence[Mapping[str, Any]]) -> Risk:
+    """A risk from its rows in the store; drivers are not kept.
+
+    Args:
+        step: Its step.
+        rows: Rows of `RISK_SCHEMA` of this step, one per horizon.
+    """
+    known = {row["horizon"]: row for row in rows}
+    first = rows[0]
+    unknown = {h for h, row in known.items() if row["probability"] is None}
+    return Risk(
+        step=step,
+        probability={h: row["probability"] for h, row in known.items()},
+        reasons={h: "the model could not say" for h in unknown},
+        band={h: (row["low"], row["high"]) for h, row in known.items() if row["low"] is not None},
+        expected_lead=first["expected_lead"],
+        kind=first["kind"],
+        state=first["state"],
+        model_version=first["model_version"],
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import pyarrow as pa
 from fastapi import APIRouter, Query, Response
@@ -18,12 +18,12 @@ from foreshock.api.bodies import TABLE_ANSWER
 from foreshock.api.conditional import NOT_MODIFIED, TableQuestionDep
 from foreshock.api.openapi import errors
 from foreshock.api.registry import Run
-from foreshock.api.risks import risk_document, risk_history
+from foreshock.api.risks import risk_document, risk_history, stored_risk
 from foreshock.api.routes.live_parts import Live, Number, WantedRun
 from foreshock.api.routes.parameters import AttemptNumber, FirstStep, LastStep
 from foreshock.api.services import ServicesDep, view_of
 from foreshock.api.store import LAST_STEP, Store
-from foreshock.monitor.record import HORIZONS, AlertState, Risk, RiskKind
+from foreshock.monitor.record import HORIZONS, AlertState, RiskKind
 
 __all__ = ["DriverModel", "RiskAnswer", "RiskHistory", "RiskModel", "router"]
 
@@ -108,25 +108,9 @@ def _from_store(run: Run, store: Store) -> RiskAnswer:
             step=None, probability=nothing, reasons=reasons, run_id=run.run_id, attempt=attempt
         )
     rows = store.risk_history(run.run_id, attempt, step, step).to_pylist()
-    risk = _risk(step, rows)
+    risk = stored_risk(step, rows)
     return RiskAnswer(
         **risk_document(risk), run_id=run.run_id, attempt=attempt, time=rows[0]["time"]
-    )
-
-
-def _risk(step: int, rows: list[dict[str, Any]]) -> Risk:
-    known = {row["horizon"]: row for row in rows}
-    first = rows[0]
-    unknown = {h for h, row in known.items() if row["probability"] is None}
-    return Risk(
-        step=step,
-        probability={h: row["probability"] for h, row in known.items()},
-        reasons={h: "the model could not say" for h in unknown},
-        band={h: (row["low"], row["high"]) for h, row in known.items() if row["low"] is not None},
-        expected_lead=first["expected_lead"],
-        kind=first["kind"],
-        state=first["state"],
-        model_version=first["model_version"],
     )
 
 

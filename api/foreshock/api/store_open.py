@@ -37,7 +37,7 @@ def open_store(
         return SqliteStore(
             place.path, layer_names, limits=limits, fsync=fsync, retention_days=retention_days
         )
-    # ClickHouse is large, and missing on some systems.
+    # ClickHouse is large, and has no wheel for Windows.
     from foreshock.api.store_clickhouse import ClickHouseStore
     from foreshock.api.store_engine import open_chdb, open_server
     from foreshock.api.store_schema import TableOptions

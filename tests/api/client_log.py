@@ -63,6 +63,12 @@ class Clients:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
+    def stand_still(self) -> bool:
+        """Whether no client gets an acknowledgement within a second."""
+        before = sum(len(log.acknowledged) for log in self.logs)
+        time.sleep(1.0)
+        return sum(len(log.acknowledged) for log in self.logs) == before
+
     @contextmanager
     def sending(self) -> Iterator[None]:
         make = partial(threading.Thread, target=self._send, daemon=True)
@@ -88,6 +94,7 @@ class Clients:
                             client, log.run_id, log.launch, sequence, batch_of(sequence)
                         )
                         if answer.status_code == 503:
+                            time.sleep(0.05)
                             continue
                         assert answer.status_code in (200, 201), answer.text
                         # A duplicate was stored, but the kill ate the answer.

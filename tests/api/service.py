@@ -38,8 +38,16 @@ class Service:
 
     command = "serve"
 
-    def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        before: str = "",
+    ):
+        """`before` is code that runs in the service's process before anything else."""
         self._folder = folder
+        self._before = before
         self._arguments = arguments
         self._environment = environment or {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -65,7 +73,8 @@ class Service:
     def start(self) -> None:
         port_file = self._folder / "port"
         port_file.unlink(missing_ok=True)
-        command = [sys.executable, "-c", "from foreshock.api.cli.main import run; run()"]
+        code = f"{self._before}\nfrom foreshock.api.cli.main import run; run()"
+        command = [sys.executable, "-c", code.strip()]
         command += [
             self.command,
             "--port",

@@ -40,6 +40,7 @@ bench: setup-dev
 	$(BIN)/python -m benchmarks.monitor_overhead
 	$(BIN)/python -m benchmarks.service_faults
 	$(BIN)/python -m benchmarks.ingest
+	$(BIN)/python -m benchmarks.store_sizes
 	$(BIN)/python -m benchmarks.page_latency
 
 # On a machine with a CUDA device and its own torch; pytest is all that must be installed there.

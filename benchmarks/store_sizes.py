@@ -22,8 +22,11 @@ import numpy as np
 
 from benchmarks.ingest import GROUP, LAYERS, ROWS, STEPS, make_table
 from foreshock.api.store import SeriesKey, Store, View
+from foreshock.api.store_clickhouse import ClickHouseStore
+from foreshock.api.store_engine import DATABASE
 from foreshock.api.store_open import open_store
 from foreshock.api.store_rows import Placed, place, split
+from foreshock.api.store_schema import FACT_TABLES
 from foreshock.api.store_url import parse_store
 
 RUN = "a" * 32
@@ -65,9 +68,22 @@ def measure(scheme: str, rows: int, folder: Path) -> Outcome:
         store.append(group)
         seconds += time.perf_counter() - start
     outcome = read(store, batches * STEPS)
+    size = merged_bytes(store)
     store.close()
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if not size:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Outcome(batches * ROWS / seconds, size / (batches * ROWS), *outcome)
+
+
+def merged_bytes(store: Store) -> int:
+    """Bytes of ClickHouse's parts once merged: what merges leave behind goes after minutes."""
+    if not isinstance(store, ClickHouseStore):
+        return 0
+    engine = store._engine
+    for table in FACT_TABLES:
+        engine.writer().command(f"OPTIMIZE TABLE {table} FINAL")
+    sql = "SELECT sum(bytes_on_disk) AS n FROM system.parts WHERE active AND database = {db:String}"
+    return int(engine.read(sql, {"db": DATABASE})["n"][0].as_py())
 
 
 def read(store: Store, steps: int) -> tuple[float, float, float]:

@@ -65,7 +65,7 @@ def test_a_training_of_two_processes_through_a_relay(service: Service, tmp_path:
     assert ("up", "input", 0) in [(e.layer, e.role, e.micro_batch) for e in last]
     assert records[-1].scalars["ranks_nonfinite"] >= 1
     kinds = {e.kind for record in records for e in record.events}
-    assert kinds == {"checkpoint", "nonfinite"}
+    assert kinds == {"checkpoint", "nonfinite", "end"}
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ def test_wrong_use_is_refused_at_attach(start: Callable[..., Watch]) -> None:
     embedding = nn.Embedding(3, 3)
     sparse = torch.optim.SGD(embedding.parameters(), lr=0.1)
     meta = nn.Linear(2, 2, device="meta")
+    lazy = nn.LazyLinear(2)
     cases: list[tuple[object, object, dict[str, Any], type[Exception], str]] = [
         (lambda: 0, optimizer, {}, TypeError, "needs a torch.nn.Module"),
         (model, "adam", {}, TypeError, "needs a torch.optim.Optimizer"),
@@ -32,6 +33,17 @@ def test_wrong_use_is_refused_at_attach(start: Callable[..., Watch]) -> None:
         (model, optimizer, {"include": "nothing"}, ValueError, "leave none of 4"),
         (model, optimizer, {"include": "("}, ValueError, "no regular expression"),
         (model, optimizer, {"url": "ftp://x"}, ValueError, "http://"),
+        (model, optimizer, {"url": "http://"}, ValueError, "http://host"),
+        (model, optimizer, {"url": "http://x:84x0"}, ValueError, "http://host"),
+        (model, optimizer, {"url": "http:// x"}, ValueError, "http://host"),
+        (model, optimizer, {"collect": "relay:8421"}, ValueError, "collect is 'relay:8421'"),
+        (lazy, torch.optim.SGD(lazy.parameters(), lr=1.0), {}, ValueError, "weight is still to be"),
+        (model, optimizer, {"tensor_every": 1.5}, ValueError, "tensor_every is 1.5"),
+        (model, optimizer, {"first_step": "a"}, ValueError, "first_step is 'a'"),
+        (model, optimizer, {"tokens_per_step": 1.5}, ValueError, "tokens_per_step is 1.5"),
+        (model, optimizer, {"budget": "1%"}, ValueError, "budget is 1%"),
+        (model, optimizer, {"sinks": [3]}, ValueError, "cannot be called"),
+        (model, optimizer, {"config": [1]}, ValueError, "not a dict"),
         (model, optimizer, {"first_step": -1}, ValueError, "first_step"),
         (model, optimizer, {"tokens_per_step": 0}, ValueError, "tokens_per_step"),
         (model, optimizer, {"config": {"f": print}}, ValueError, "plain data"),

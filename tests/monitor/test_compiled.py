@@ -123,6 +123,22 @@ def test_a_graph_that_exists_takes_notice(start: Start, recorder: Recorder) -> N
     assert [len(record.tensors) for record in recorder.records] == [12, 12]
 
 
+def test_a_module_of_torch_that_ran_compiled_before(start: Start, recorder: Recorder) -> None:
+    # torch compiles a frame of its own around these, one and the same for every model.
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            compiled(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+
+    first, second = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)) for _ in range(2))
+    run(first, torch.optim.SGD(first.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(second.parameters(), lr=0.1)
+    with start(second, optimizer):
+        run(second, optimizer)
+    assert [len(record.tensors) for record in recorder.records] == [6, 6]
+
+
 class Broken(nn.Module):
     """A graph break in the middle."""
 

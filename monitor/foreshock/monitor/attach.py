@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+from typing import Final
 
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+from torch._dynamo.external_utils import wrap_inline
+from torch.nn.parameter import is_lazy
 
 from foreshock.monitor.hooks import is_watched, plain_name
+from foreshock.monitor.operands import DTYPE_FORMATS
 
-__all__ = ["forget_compiled", "ranks", "trained_parameters"]
+__all__ = ["Trained", "forget_compiled", "ranks", "trained_parameters"]
+
+_NUMBERS: Final = (*DTYPE_FORMATS, torch.float64)
 
 
 def trained_parameters(
@@ -21,7 +27,8 @@ def trained_parameters(
     Raises:
         TypeError: model or optimizer is something else.
         ValueError: The model is watched already, shares no parameter with the
-            optimizer, or lies on several devices or on none.
+            optimizer, has one that is still to be initialized, or lies on several devices or on
+            none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; watch needs a torch.nn.Module")
@@ -31,8 +38,7 @@ def trained_parameters(
         )
     if is_watched(model):
         raise ValueError("the model, or a part of it, is watched already; close that watch first")
-    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    names = {p: plain_name(name) for name, p in model.named_parameters() if id(p) in in_optimizer}
+    names = _measurable(model, optimizer)
     if not names:
         raise ValueError(
             "the optimizer trains no parameter of the model; make it from model.parameters() "
@@ -46,6 +52,48 @@ def trained_parameters(
     return names
 
 
+def _measurable(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, str]:
+    """Those of the model's parameters in the optimizer that have norms, with their names.
+
+    Frozen ones may be codes (8-bit integers, FP8), which are no numbers without their scale.
+
+    Raises:
+        ValueError: A parameter is still to be initialized.
+    """
+    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = {}
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name} is still to be initialized; run one batch through the model first"
+            )
+        if id(parameter) in in_optimizer and (
+            parameter.dtype in _NUMBERS or parameter.is_complex()
+        ):
+            names[parameter] = plain_name(name)
+    return names
+
+
+class Trained:
+    """What the optimizer trains, as training goes on."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._state = self._look()
+
+    def changed(self) -> dict[nn.Parameter, str] | None:
+        """The parameters with their names if any was added, frozen or unfrozen, else None."""
+        state = self._look()
+        if state == self._state:
+            return None
+        self._state = state
+        return _measurable(self._model, self._optimizer)
+
+    def _look(self) -> list[tuple[int, bool]]:
+        groups = self._optimizer.param_groups
+        return [(id(p), p.requires_grad) for group in groups for p in group["params"]]
+
+
 def forget_compiled(model: nn.Module) -> int:
     """Make graphs that exist take notice of new hooks: they are traced anew at the next step.
 
@@ -56,6 +104,8 @@ def forget_compiled(model: nn.Module) -> int:
         Of how many pieces of code graphs were dropped.
     """
     codes = {getattr(module.forward, "__code__", None) for module in model.modules()}
+    # torch puts a frame of its own, the same for all, around modules of torch.nn.
+    codes.add(wrap_inline(model.forward).__code__)
     compiled = [code for code in codes if code is not None and _debug_get_cache_entry_list(code)]
     for code in compiled:
         reset_code(code)

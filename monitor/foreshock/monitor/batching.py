@@ -29,7 +29,7 @@ class _Stack:
 
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
         slots = max(1, min(_STACK_TENSORS, _STACK_ELEMENTS // max(shape.numel(), 1)))
-        self.values = torch.empty(slots, *shape, device=device)
+        self.values = torch.empty(slots, *shape, device=device, dtype=torch.float32)
         self.tickets: list[int] = []
         self.scales: list[torch.Tensor] = []
 

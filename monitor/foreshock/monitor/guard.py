@@ -34,7 +34,7 @@ class Guard:
         self.where = where
         self.errors = 0
         self.seconds = 0.0
-        self._entered = 0.0
+        self._entered: float | None = None
         self._last_log = -float("inf")
         self._unreported: list[str] = []
         self._lock = threading.Lock()
@@ -49,11 +49,16 @@ class Guard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        self.seconds += time.perf_counter() - self._entered
+        self.seconds = self.seconds_until(time.perf_counter())
+        self._entered = None
         if not isinstance(error, Exception):
             return False
         self._count(error)
         return not _UNDER_TEST
+
+    def seconds_until(self, now: float) -> float:
+        """Time inside until `now` (`time.perf_counter`), that in an open block included."""
+        return self.seconds + (0.0 if self._entered is None else now - self._entered)
 
     def report(self, error: Exception) -> None:
         """Count a failure that was dealt with elsewhere."""

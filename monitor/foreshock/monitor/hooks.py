@@ -17,6 +17,8 @@ from foreshock.monitor.collector import Collector
 from foreshock.monitor.guard import Guard
 from foreshock.monitor.layers import Adapter, HookContext, adapters
 from foreshock.monitor.layers.adapter import Hook
+from foreshock.monitor.notices import MOST_MICRO_BATCHES
+from foreshock.monitor.placement import is_batched
 from foreshock.monitor.scalars import find_loss
 
 __all__ = ["ModelHooks", "count_modules", "find_layers", "is_watched", "plain_name", "unwrapped"]
@@ -114,6 +116,7 @@ class ModelHooks:
         collector: Takes the tensors.
         guard: Around every hook.
         on_forward: Called when a training forward pass of the model begins.
+        on_endless: Called after every `MOST_MICRO_BATCHES` of them in one step.
         on_loss: Called with the loss that a training forward pass of the model returned.
     """
 
@@ -125,9 +128,11 @@ class ModelHooks:
         collector: Collector,
         guard: Guard,
         on_forward: Callable[[], None],
+        on_endless: Callable[[], None],
         on_loss: Callable[[torch.Tensor], None],
     ) -> None:
         self._on_forward, self._on_loss = on_forward, on_loss
+        self._on_endless = on_endless
         self._begun = False
         self._told = False
         self._collector = collector
@@ -173,18 +178,20 @@ class ModelHooks:
         self._collector.stop()
 
     def _model_begins(self, module: nn.Module, args: object, kwargs: object) -> None:
-        if self._context.counts(module) and not self._told:
+        if self._context.model_begins(module) and not self._told:
             self._start_micro_batch()
 
     def _start_micro_batch(self) -> None:
         self._begin()
         self._context.new_micro_batch()
+        if self._collector.micro_batch >= MOST_MICRO_BATCHES:
+            self._on_endless()
         self._collector.start_micro_batch()
 
     def _model_returns(self, module: nn.Module, args: object, output: object) -> None:
-        if self._context.counts(module):
+        if self._context.model_returns(module):
             loss = find_loss(output)
-            if loss is not None:
+            if loss is not None and not is_batched(loss):
                 self._on_loss(loss)
 
     def _traced_begin(

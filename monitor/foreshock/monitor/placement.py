@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
-__all__ = ["PLAIN", "WHOLE", "Part", "local_of", "part_of", "replicas"]
+__all__ = ["PLAIN", "WHOLE", "Part", "is_batched", "local_of", "part_of", "replicas"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,12 @@ def part_of(x: torch.Tensor) -> tuple[torch.Tensor, Part] | None:
     """The local piece of a tensor and what it stands for.
 
     Plain tensors are whole. None where nothing can be said: a sum that is still to be reduced, a
-    subclass other than DTensor (codes, nested tensors), or no dense floating numbers.
+    subclass other than DTensor (codes, nested tensors), a tensor inside of `torch.vmap`, or no
+    dense floating numbers.
     """
     if not (x.is_floating_point() and x.layout is torch.strided) or x.is_meta:
+        return None
+    if is_batched(x):
         return None
     if type(x) in PLAIN:
         return x, WHOLE
@@ -56,6 +59,15 @@ def part_of(x: torch.Tensor) -> tuple[torch.Tensor, Part] | None:
     if type(local) not in PLAIN or any(placement.is_partial() for placement in x.placements):
         return None
     return local, _part(x)
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether `torch.vmap` is at work: the tensor holds more than it shows."""
+    if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    while torch._C._functorch.is_gradtrackingtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return torch._C._functorch.is_batchedtensor(x)
 
 
 def local_of(x: torch.Tensor) -> torch.Tensor:

@@ -28,8 +28,9 @@ class Cadence:
 
     def __post_init__(self) -> None:
         for name in ("tensor_every", "detail_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; allowed: whole numbers, 1 or more")
 
     def measures(self, step: int) -> bool:
         """Whether tensors are measured at a step."""

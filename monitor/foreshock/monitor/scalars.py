@@ -127,6 +127,7 @@ class GradientNorms:
         self._norms: list[Norms] = []
         self._captured = Norms()
         self._came: list[torch.Tensor] = []
+        self._backward = -1
         self._known: tuple[list[torch.Tensor], tuple[str, ...]] = ([], ())
         self._guard = guard
         self._names = names
@@ -161,7 +162,10 @@ class GradientNorms:
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
         # Called for every parameter in every backward pass: nothing here may cost anything.
-        if not self._came:
+        # What a pass that raised has left behind must not keep the next one unmeasured.
+        backward = torch._C._current_graph_task_id()
+        if not self._came or backward != self._backward:
+            self._backward = backward
             with self._guard:
                 _at_end_of_backward(self._backward_ends)
         self._came.append(parameter)
@@ -174,7 +178,8 @@ class GradientNorms:
     def _measure(self) -> None:
         with self._guard, torch.no_grad():
             came, self._came = self._came, []
-            held = [p for p in came if p.grad is not None]
+            # A parameter may have come in two passes, one of which raised.
+            held = [p for p in dict.fromkeys(came) if p.grad is not None]
             if not held:
                 return
             gradients = [_values(p.grad) for p in held if p.grad is not None]
@@ -271,7 +276,7 @@ class Parameters:
     def _ratio(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         if self._weights is None or self._weights.device != before.device:
             parts = [
-                torch.full(_sample_of(p).shape, float(_stride(_values(p))), device=before.device)
+                before.new_full(_sample_of(p).shape, float(_stride(_values(p))))
                 for p in self._parameters
             ]
             self._weights = torch.cat(parts)
@@ -335,20 +340,24 @@ def _stride(values: torch.Tensor) -> int:
 
 def _sample_of(parameter: nn.Parameter) -> torch.Tensor:
     values = _values(parameter)
-    return values.reshape(-1)[:: _stride(values)]
+    sample = values.reshape(-1)[:: _stride(values)]
+    return torch.view_as_real(sample).reshape(-1) if sample.is_complex() else sample
 
 
 def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """One call for all of them; it takes one type at a time."""
     if not tensors:
         return []
-    if len({(x.dtype, x.device) for x in tensors}) > 1 or any(not x.numel() for x in tensors):
+    same = len({(x.dtype, x.device) for x in tensors}) == 1 and not tensors[0].is_complex()
+    if not same or any(not x.numel() for x in tensors):
         return [_norm(x) for x in tensors]
     wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return list(torch._foreach_norm(tensors, 2, dtype=wide))
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm: torch.Tensor = torch.linalg.vector_norm(x, dtype=wide)
     return norm

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,16 +21,17 @@ from torch import nn
 
 from foreshock.monitor import te_exact
 from foreshock.monitor.assembly import Assembler
-from foreshock.monitor.attach import forget_compiled, ranks, trained_parameters
+from foreshock.monitor.attach import Trained, forget_compiled, ranks, trained_parameters
 from foreshock.monitor.budget import Budget, Plan, PlanBook
+from foreshock.monitor.clock import Clock
 from foreshock.monitor.collector import Collector, Taken
 from foreshock.monitor.guard import Guard
 from foreshock.monitor.hooks import ModelHooks, count_modules, find_layers, unwrapped
 from foreshock.monitor.layers import Adapter
+from foreshock.monitor.notices import Notices
 from foreshock.monitor.placement import local_of, replicas
 from foreshock.monitor.rank_reports import Reporter
 from foreshock.monitor.ranks import Ranks
-from foreshock.monitor.record import Event
 from foreshock.monitor.sampling import Cadence
 from foreshock.monitor.scalars import (
     GradientNorms,
@@ -45,12 +45,13 @@ from foreshock.monitor.settings import (
     WatchSettings,
     default_collect,
     default_spool,
+    default_token,
     default_url,
 )
 from foreshock.monitor.shipping import Service, Shipper
 from foreshock.monitor.sinks import Sink
 from foreshock.monitor.spool import Spool
-from foreshock.monitor.steps import Losses, Step, closing_events, snapshot_of
+from foreshock.monitor.steps import Losses, Step, closing_events, planned_event, snapshot_of
 from foreshock.monitor.whatif import what_if_of
 from foreshock.monitor.worker import Worker
 
@@ -127,7 +128,7 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
         project=project,
         url=url or default_url(),
         collect=collect or default_collect(),
-        token=os.environ.get("FORESHOCK_TOKEN") or None,
+        token=default_token(),
         spool=Path(spool) if spool is not None else default_spool(),
         cadence=Cadence(tensor_every, detail_every),
         include=include,
@@ -168,9 +169,7 @@ class Watch:
         self._plans = PlanBook(Plan(settings.cadence))
         self._step = self._new_step(settings.first_step)
         self._ended: Step | None = None
-        self._mark: float | None = None
-        self._guard_seconds = 0.0
-        self._kernel_seconds = 0.0
+        self._clock = Clock(self._guard)
         self._rate: Value | None = None
         self._closed = False
         self._process = os.getpid()
@@ -199,12 +198,12 @@ class Watch:
             if service is not None:
                 self._shipper = Shipper(service, self._spool.outbox, root=settings.spool)
         self._reporter = Reporter.of(settings, self._rank, self.device, lambda: self.errors)
-        shares = {name: replicas(parameter) for parameter, name in names.items()}
+        self._shares = {name: replicas(parameter) for parameter, name in names.items()}
         self._assembler = Assembler(
             self.layers,
             rank=self._rank,
             ranks=group,
-            shares=shares,
+            shares=self._shares,
             plans=self._plans,
             budget=Budget(settings.budget, Plan(settings.cadence)) if settings.budget else None,
             reporter=self._reporter,
@@ -239,18 +238,21 @@ class Watch:
             collector=self._collector,
             guard=self._guard,
             on_forward=self._forward_begins,
+            on_endless=self._leave_out,
             on_loss=self._losses.came,
         )
         if forget_compiled(self._model):
             _LOGGER.info("the model has run compiled; it is compiled anew, with the hooks")
         self._modules = count_modules(self._model)
-        self._told: set[tuple[str, str]] = set()
+        self._notices = Notices(self._rank)
+        self._trained = Trained(self._model, optimizer)
         self._start_collecting()
         self._gradients = GradientNorms(names, self._guard)
         self._parameters = Parameters(names)
         self._states = (
             OptimizerTensors(optimizer, names) if self.settings.optimizer_states else None
         )
+        self._stepping = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_optimizer),
             optimizer.register_step_post_hook(self._after_optimizer),
@@ -275,12 +277,13 @@ class Watch:
         Args:
             **values: Numbers, or tensors of one element; a tensor is not waited for.
         """
-        if not self._active:
+        if not self._active or not self._handles:
             return
-        with self._guard:
-            step = self._ended or self._step
-            for name, value in values.items():
-                step.logged.setdefault(name, []).append(one_value(name, value))
+        step = self._ended or self._step
+        for name, value in values.items():
+            with self._guard:
+                one = one_value(name, value)
+                step.logged.setdefault(name, []).append(one)
 
     def event(
         self,
@@ -294,13 +297,14 @@ class Watch:
 
         It stands in the record of the step in progress, or of the next one between two steps.
         """
-        if self._active:
-            self._step.events.append(
-                Event(kind, layer=layer, role=role, rank=self._rank, detail=detail)
-            )
+        if not self._active or not self._handles:
+            return
+        with self._guard:
+            event = planned_event(kind, detail, layer=layer, role=role, rank=self._rank)
+            self._step.events.append(event)
 
     def flush(self, timeout: float = 10.0) -> bool:
-        """Wait until all ended steps are sealed on disk and in every sink; False on time-out."""
+        """Wait until all ended steps are sealed on disk and in every sink; False if not."""
         if not self._active or self._closed:
             return True
         with self._guard:
@@ -337,7 +341,7 @@ class Watch:
         if self._shipper is not None:
             done = self._shipper.close(timeout) and done
         if self._spool is not None and done:
-            self._spool.close()
+            done = self._spool.close()
         return done if self._reporter is None else self._reporter.close(timeout) and done
 
     def __enter__(self) -> Self:
@@ -384,22 +388,24 @@ class Watch:
         if self._capturing():
             return
         self._publish()
-        if self._mark is None:
-            self._mark = time.perf_counter()
+        self._clock.start()
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._capturing():
             return
+        again, self._stepping = self._stepping, True
         with self._guard:
             self._rate = learning_rate(optimizer)
             if self._reads_parameters(self._step):
                 self._parameters.before_step()
-            if self._states is not None and self._step.measured:
+            if self._states is not None and self._step.measured and not again:
                 self._states.gradients(self._collector)
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._capturing():
+        # A `step` that calls its base class's is told of twice, and is one.
+        if self._capturing() or not self._stepping:
             return
+        self._stepping = False
         if self._states is not None and self._step.measured:
             with self._guard:
                 self._states.moments(self._collector)
@@ -417,7 +423,10 @@ class Watch:
             # There is one if no forward pass came in between, as in a loop around a closure.
             self._publish()
             self._end_step(taken)
-            self._look_for_new_layers()
+            # Looking is nothing beside measuring on a CPU, but not beside launches.
+            if self._step.measured if self.device.type == "cpu" else self._step.detailed:
+                self._look_for_new_layers()
+                self._look_for_new_parameters()
         with self._guard:
             self._start_collecting()
             te_exact.step()
@@ -434,9 +443,12 @@ class Watch:
         step.gradients = self._gradients.norms()
         self._gradients.start_step()
         step.losses = self._losses.take()
-        self._tell_skipped(step)
+        step.events += self._notices.skipped(self._collector.skipped)
+        explained = self._guard.errors or self._collector.skipped
+        if step.nothing_ran and self._collector.sampling.tensors == 1 and not explained:
+            step.events += self._notices.nothing_ran()
         self._ended = step
-        self._time_step(step)
+        step.scalars |= self._clock.step(self._assembler.kernel_seconds if step.measured else 0.0)
         if self._rate is not None:
             step.scalars["learning_rate"] = self._rate
         if self.settings.tokens_per_step is not None:
@@ -454,41 +466,31 @@ class Watch:
         # On a GPU reading every parameter costs as much as measuring the weights once more.
         return (step.measured and step.detailed) or self.device.type == "cpu"
 
-    def _tell_skipped(self, step: Step) -> None:
-        new = self._collector.skipped - self._told
-        if new:
-            self._told |= new
-            names = ", ".join(f"{role} of {layer}" for layer, role in sorted(new))
-            detail = f"neither dense floating tensors nor pieces of some: {names}"[:500]
-            step.events.append(Event("not_measured", rank=self._rank, detail=detail))
+    def _leave_out(self) -> None:
+        """Too many forward passes without a step: let go of what was kept of them."""
+        self._step.events += self._notices.no_step()
+        self._step.measured = False
+        self._losses.take()
+        self._collector.take()
+        self._collector.start_step(measuring=False)
 
     def _look_for_new_layers(self) -> None:
         """Watch layers that came after the watch; asked where tensors are measured anyway."""
-        step = self._step
-        # Counting modules is nothing beside measuring on a CPU, but not beside launches.
-        asked = step.measured if self.device.type == "cpu" else step.detailed
-        if not asked or count_modules(self._model) == self._modules:
+        if count_modules(self._model) == self._modules:
             return
         self._modules = count_modules(self._model)
         settings = self.settings
         found = find_layers(self._model, include=settings.include, exclude=settings.exclude)
-        new = self._hooks.attach_new(found)
-        if new:
-            self._step.events.append(
-                Event("layers_added", rank=self._rank, detail=", ".join(new)[:500])
-            )
+        self._step.events += self._notices.layers_added(self._hooks.attach_new(found))
 
-    def _time_step(self, step: Step) -> None:
-        now = time.perf_counter()
-        if self._mark is not None:
-            seconds = now - self._mark
-            inside = self._guard.seconds - self._guard_seconds
-            if step.measured:
-                inside += self._assembler.kernel_seconds
-            step.scalars["step_seconds"] = seconds
-            step.scalars["overhead_ratio"] = inside / max(seconds - inside, 1e-9)
-        self._mark = now
-        self._guard_seconds = self._guard.seconds
+    def _look_for_new_parameters(self) -> None:
+        """Follow what is unfrozen or given to the optimizer after the watch."""
+        names = self._trained.changed()
+        if names is not None:
+            self._shares |= {name: replicas(parameter) for parameter, name in names.items()}
+            self._gradients.detach()
+            self._gradients = GradientNorms(names, self._guard)
+            self._parameters = Parameters(names)
 
     def _publish(self) -> None:
         """Hand the step that has ended to the worker."""

@@ -10,25 +10,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from foreshock.monitor.sampling import Cadence
 from foreshock.monitor.sinks import Sink
 from foreshock.monitor.spool import DEFAULT_MAX_BYTES, NAME_PATTERN
 from foreshock.monitor.whatif import known_formats
 
-__all__ = ["WatchSettings", "default_collect", "default_spool", "default_url"]
+__all__ = ["WatchSettings", "default_collect", "default_spool", "default_token", "default_url"]
 
 _LOOKS_LIKE_AN_ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
 def default_url() -> str | None:
     """The service's address from FORESHOCK_URL, or None."""
-    return os.environ.get("FORESHOCK_URL") or None
+    return _from_environment("FORESHOCK_URL")
 
 
 def default_collect() -> str | None:
     """The relay's address from FORESHOCK_COLLECT, or None."""
-    return os.environ.get("FORESHOCK_COLLECT") or None
+    return _from_environment("FORESHOCK_COLLECT")
+
+
+def default_token() -> str | None:
+    """The bearer token from FORESHOCK_TOKEN, or None."""
+    return _from_environment("FORESHOCK_TOKEN")
+
+
+def _from_environment(name: str) -> str | None:
+    # What is read from a file of secrets often ends in a line break.
+    return (os.environ.get(name) or "").strip() or None
 
 
 def default_spool() -> Path:
@@ -90,30 +101,29 @@ class WatchSettings:
     launch_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def __post_init__(self) -> None:
-        for name, value in (("run", self.run), ("project", self.project)):
-            if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value):
-                raise ValueError(f"{name} is {value!r}; allowed: 1 to 128 of A-Z a-z 0-9 . _ -")
+        _check_name("run", self.run)
+        _check_name("project", self.project)
         if _LOOKS_LIKE_AN_ID.fullmatch(self.run):
             raise ValueError(f"run is {self.run!r}, which looks like an id; take a name")
-        if self.first_step < 0:
-            raise ValueError(f"first_step is {self.first_step}; allowed: 0 or more")
-        if self.tokens_per_step is not None and self.tokens_per_step < 1:
-            raise ValueError(f"tokens_per_step is {self.tokens_per_step}; allowed: 1 or more")
+        _check_count("first_step", self.first_step, least=0)
+        if self.tokens_per_step is not None:
+            _check_count("tokens_per_step", self.tokens_per_step, least=1)
         known_formats(self.what_if)
-        if self.budget is not None and not 0 < self.budget < 1:
+        if not all(callable(sink) for sink in self.sinks):
+            raise ValueError("one of sinks cannot be called; a sink is called with every record")
+        if self.budget is not None and not (
+            isinstance(self.budget, int | float) and 0 < self.budget < 1
+        ):
             raise ValueError(
                 f"budget is {self.budget}; allowed: above 0 and below 1, e.g. 0.01 for 1 %"
             )
         if (self.url or self.collect) is not None and self.spool is None:
             raise ValueError("url is given without a spool; records reach the service through one")
-        if self.collect is not None and not self.collect.startswith(("http://", "https://")):
-            raise ValueError(f"collect is {self.collect!r}; allowed: http://... or https://...")
-        try:
-            json.dumps(self.config, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"config is not plain data ({error}); allowed: dicts, lists, text, finite numbers"
-            ) from None
+        _check_address("url", self.url)
+        _check_address("collect", self.collect)
+        if self.token is not None and not re.fullmatch("[!-~]+", self.token):
+            raise ValueError("the token (FORESHOCK_TOKEN) holds what no HTTP header can carry")
+        _check_config(self.config)
 
     @property
     def target(self) -> str | None:
@@ -132,3 +142,39 @@ class WatchSettings:
             "tokens_per_step": self.tokens_per_step,
             "world_size": world_size,
         }
+
+
+def _check_name(name: str, value: object) -> None:
+    if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value):
+        raise ValueError(f"{name} is {value!r}; allowed: 1 to 128 of A-Z a-z 0-9 . _ -")
+
+
+def _check_count(name: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}; allowed: whole numbers, {least} or more")
+
+
+def _check_address(name: str, value: object) -> None:
+    if value is None:
+        return
+    wrong = f"{name} is {value!r}; allowed: http://host:port or https://host:port"
+    if not isinstance(value, str) or re.search(r"\s", value):
+        raise ValueError(wrong)
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"{wrong} ({error})") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError(wrong)
+
+
+def _check_config(config: object) -> None:
+    try:
+        if config is not None and not isinstance(config, Mapping):
+            raise TypeError(f"it is a {type(config).__name__}, not a dict")
+        json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"config is not plain data ({error}); allowed: dicts, lists, text, finite numbers"
+        ) from None

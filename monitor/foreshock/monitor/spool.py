@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import time
@@ -26,6 +27,8 @@ from foreshock.monitor.record import SCHEMA, write_stream
 
 __all__ = ["DEFAULT_MAX_BYTES", "NAME_PATTERN", "Outbox", "Spool", "SpoolError", "leftovers"]
 
+_LOGGER = logging.getLogger("foreshock.monitor")
+
 DEFAULT_MAX_BYTES: Final = 2**30
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SEALED: Final = re.compile(r"(\d{10})\.arrow")
@@ -35,6 +38,7 @@ _SEAL_SECONDS: Final = 1.0
 # Records kept in memory when nothing can be sealed because the disk is full.
 _UNSEALED_RECORDS: Final = 1024
 _SECONDS_AFTER_FAILURE: Final = 5.0
+_SECONDS_BETWEEN_WARNINGS: Final = 60.0
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -89,12 +93,15 @@ class Outbox:
         path.replace(aside / path.name)
 
     def remove_if_empty(self) -> None:
-        """Remove the folder when nothing in it waits for anybody."""
-        kept = {path.name for path in self.folder.iterdir()} - {"run.json", "lock"}
-        if not kept:
-            (self.folder / "run.json").unlink(missing_ok=True)
-            (self.folder / "lock").unlink(missing_ok=True)
-            self.folder.rmdir()
+        """Remove the folder when nothing in it waits for anybody, unless somebody else has."""
+        try:
+            kept = {path.name for path in self.folder.iterdir()} - {"run.json", "lock"}
+            if not kept:
+                (self.folder / "run.json").unlink(missing_ok=True)
+                (self.folder / "lock").unlink(missing_ok=True)
+                self.folder.rmdir()
+        except FileNotFoundError:
+            return
 
 
 class Spool:
@@ -140,6 +147,7 @@ class Spool:
         self._due = 0.0
         self._dropped = 0
         self._failed = False
+        self._warned = -float("inf")
 
     def append(self, record: pa.RecordBatch) -> None:
         """Add a record. A full disk costs records, which are counted, and raises nothing."""
@@ -173,6 +181,7 @@ class Spool:
         path = self.outbox.folder / f"{self._sequence:010d}.arrow"
         self._failed = not self._written(path, body)
         if self._failed:
+            self._warn()
             self._due = time.monotonic() + _SECONDS_AFTER_FAILURE
             return False
         self._batches.append(_Sealed(path, len(body), len(self._unsealed)))
@@ -184,19 +193,42 @@ class Spool:
             pass
         return True
 
+    @property
+    def unsealed(self) -> int:
+        """Records that are not in a sealed batch."""
+        return len(self._unsealed)
+
     def take_dropped(self) -> int:
         """Records lost since the last call, for an event in the next record."""
         dropped, self._dropped = self._dropped, 0
         return dropped
 
-    def close(self) -> None:
-        """Seal what is open and let go of the folder, which goes if it is empty."""
+    def close(self) -> bool:
+        """Seal what is open and let go of the folder, which goes if it is empty.
+
+        Returns:
+            False if the disk did not take the last records; a journal may hold some of them.
+        """
         self.seal()
+        lost = len(self._unsealed)
+        if lost:
+            _LOGGER.error("%s did not take the last %d records", self.outbox.folder, lost)
         if self._journal is not None:
             self._journal.close()
         if not self.outbox.sealed():
             self.outbox.remove_if_empty()
         self._lock.release()
+        return not lost
+
+    def _warn(self) -> None:
+        now = time.monotonic()
+        if now - self._warned >= _SECONDS_BETWEEN_WARNINGS:
+            self._warned = now
+            _LOGGER.warning(
+                "%s takes no records (is the disk full?); %d are kept in memory",
+                self.outbox.folder,
+                _UNSEALED_RECORDS,
+            )
 
     def _written(self, path: Path, body: bytes) -> bool:
         """Write a batch, giving up the oldest ones while the disk is full."""

@@ -19,7 +19,7 @@ from foreshock.monitor.scalars import Norms, Value, mean
 from foreshock.monitor.snapshot import Snapshot
 from foreshock.monitor.transfer import pack
 
-__all__ = ["Losses", "Step", "closing_events", "snapshot_of"]
+__all__ = ["Losses", "Step", "closing_events", "planned_event", "snapshot_of"]
 
 
 # Far more than the micro-batches of two steps.
@@ -78,6 +78,12 @@ class Step:
     taken: Taken = field(default_factory=Taken)
     time: datetime | None = None
 
+    @property
+    def nothing_ran(self) -> bool:
+        """Whether tensors were to be measured and gradients came, but no layer was seen."""
+        seen = self.taken.entries or self.taken.device_entries
+        return self.measured and bool(self.gradients.names) and not seen
+
 
 def snapshot_of(step: Step, device: torch.device) -> Snapshot:
     """The step as the worker gets it; its copy to the host starts here.
@@ -122,6 +128,21 @@ def snapshot_of(step: Step, device: torch.device) -> Snapshot:
         events=tuple(step.events),
         kernels=tuple(taken.kernels),
     )
+
+
+def planned_event(
+    kind: str, detail: object, *, layer: str | None, role: str | None, rank: int
+) -> Event:
+    """What somebody tells of their own training.
+
+    Raises:
+        TypeError: kind, layer or role is no text.
+    """
+    for name, value in (("kind", kind), ("layer", layer or ""), ("role", role or "")):
+        if not isinstance(value, str):
+            raise TypeError(f"event({name}={value!r}); allowed: text")
+    text = None if detail is None else str(detail)
+    return Event(kind, layer=layer, role=role, rank=rank, detail=text)
 
 
 def closing_events(rank: int) -> list[Event]:

@@ -28,7 +28,13 @@ _IDLE_SECONDS: Final = 0.25
 
 
 class _Flush(threading.Event):
-    """A request to seal what is there; set when done."""
+    """A request to seal what is there; set when done.
+
+    Attributes:
+        sealed: Whether the disk took everything.
+    """
+
+    sealed = True
 
 
 class Worker:
@@ -77,13 +83,17 @@ class Worker:
             self._dropped += 1
 
     def flush(self, timeout: float) -> bool:
-        """Wait until every step taken so far is in a sealed batch and in every sink."""
+        """Wait until every step taken so far is in a sealed batch and in every sink.
+
+        Returns:
+            False if that took too long, or the disk takes no more.
+        """
         request = _Flush()
         try:
             self._queue.put(request, timeout=timeout)
         except queue.Full:
             return False
-        return request.wait(timeout)
+        return request.wait(timeout) and request.sealed
 
     def close(self, timeout: float) -> bool:
         """Finish what is queued, seal, close the sinks; True if that was done in time."""
@@ -106,6 +116,7 @@ class Worker:
                     return
                 if isinstance(item, _Flush):
                     self._seal(only_if_due=False)
+                    item.sealed = self._spool is None or not self._spool.unsealed
                     item.set()
                 else:
                     self._take(item)

@@ -107,6 +107,23 @@ class HookContext:
         self._calls: dict[str, int] = {}
         # Calls in training mode that kept no graph, since the model's forward began.
         self._without_graph: dict[nn.Module, int] = {}
+        # The whole model runs without gradients, for its values; or again, for its graph.
+        self._for_values = False
+        self._for_graph = False
+
+    def model_begins(self, model: nn.Module) -> bool:
+        """A pass of the whole model begins; whether it counts."""
+        self._for_values = self._for_graph = False
+        counts = self.counts(model)
+        self._for_values = not torch.is_grad_enabled()
+        self._for_graph = counts and torch._C._current_graph_task_id() != -1
+        return counts
+
+    def model_returns(self, model: nn.Module) -> bool:
+        """It is over; whether it counted."""
+        counts = self.counts(model)
+        self._for_values = self._for_graph = False
+        return counts
 
     def counts(self, module: nn.Module) -> bool:
         """Whether this call is training, and the one of its kind: asked once per call.
@@ -115,13 +132,15 @@ class HookContext:
         the first run kept a graph, the second is a repetition; where it did not (reentrant
         checkpoints run it without gradients), the second is the one that gradients come through.
         """
-        if not module.training:
+        if not module.training or torch._C._is_tracing():
             return False
         if not torch.is_grad_enabled():
-            self._without_graph[module] = self._without_graph.get(module, 0) + 1
+            # A pass of the whole model for its values alone is never repeated.
+            if not self._for_values:
+                self._without_graph[module] = self._without_graph.get(module, 0) + 1
             return False
         # Inside a backward pass a forward runs only to recompute what was not kept.
-        if torch._C._current_graph_task_id() == -1:
+        if torch._C._current_graph_task_id() == -1 or self._for_graph:
             return True
         waiting = self._without_graph.get(module, 0)
         self._without_graph[module] = max(waiting - 1, 0)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from foreshock.monitor import ops
@@ -20,6 +21,14 @@ from foreshock.monitor.operands import DTYPE_FORMATS, OPERAND_ROLES, Operand, Qu
 from foreshock.monitor.placement import local_of
 
 __all__ = ["GemmAdapter", "OperandOf", "watch_gemm"]
+
+
+def _remakes_weight(module: nn.Module) -> bool:
+    """Whether reading the weight computes it (torch.nn.utils.parametrize).
+
+    That may change the training: spectral_norm iterates at each reading, others draw numbers.
+    """
+    return "parametrizations" in module._modules and is_parametrized(module, "weight")
 
 
 class OperandOf:
@@ -49,6 +58,8 @@ class GemmAdapter:
 
     def claims(self, module: nn.Module) -> bool:
         """Whether it is one, with a weight of a floating type."""
+        if _remakes_weight(module):
+            return isinstance(module, nn.Linear)
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor):
             return False
@@ -73,7 +84,8 @@ def watch_gemm(
     The hook goes first, so that it sees what the module itself made: a tensor-parallel or sharding
     wrapper converts afterwards.
     """
-    weight = local_of(module.weight) if isinstance(module.weight, torch.Tensor) else None
+    held = None if _remakes_weight(module) else module.weight
+    weight = local_of(held) if isinstance(held, torch.Tensor) else None
     outputs, inputs = weight.shape if weight is not None and weight.ndim == 2 else (0, 0)
     features = {"input": inputs, "weight": inputs, "grad_output": outputs}
     keys = {role: context.collector.key(name, role, features[role]) for role in OPERAND_ROLES}
@@ -115,8 +127,9 @@ class _Gemm:
         operand = next(tensors_in((*args, *kwargs.values())), None)
         if operand is not None:
             call.observe("input", operand, compute or operand.dtype)
-        weight = module.weight
-        if isinstance(weight, torch.Tensor) and collector.weighs(self._name):
+        if _remakes_weight(module):
+            collector.skipped.add((self._name, "weight"))
+        elif isinstance(weight := module.weight, torch.Tensor) and collector.weighs(self._name):
             self.observe("weight", weight, compute or weight.dtype, 0)
         if result is not None and result.requires_grad:
             result.register_hook(self._context.hook(call.gradient_came))  # type: ignore[no-untyped-call]
@@ -136,8 +149,9 @@ class _Gemm:
         operand = next(tensors_in((*args, *kwargs.values())), None)
         if operand is not None:
             self._hand_over("input", operand, compute)
-        weight = module.weight
-        if isinstance(weight, torch.Tensor):
+        if _remakes_weight(module):
+            self._collector.skipped.add((self._name, "weight"))
+        elif isinstance(weight := module.weight, torch.Tensor):
             self._hand_over("weight", weight, compute)
         if result is not None and result.requires_grad:
             result.register_hook(self._hand_gradient_over)  # type: ignore[no-untyped-call]

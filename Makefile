@@ -35,6 +35,7 @@ check: setup-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pip check
+	$(BIN)/python .ci/audit.py
 
 bench: setup-dev
 	$(BIN)/python -m benchmarks.monitor_overhead

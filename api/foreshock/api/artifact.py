@@ -6,6 +6,7 @@ Nothing is unpickled: skops rebuilds only the types listed here. Fitting is deli
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,10 +135,7 @@ def load(folder: Path) -> Artifact:
         raise ArtifactError(
             "the artifact was fitted on other features than this version computes: fit again"
         )
-    unknown = set(skops_io.get_untrusted_types(data=body)) - set(_TRUSTED)
-    if unknown:
-        raise ArtifactError(f"the artifact holds types that are not trusted: {sorted(unknown)}")
-    forecasters = skops_io.loads(body, trusted=list(_TRUSTED))
+    forecasters = _trusted(body)
     half_lives = tuple(float(h) for h in document["features"]["half_lives"])
     return Artifact(
         heads={
@@ -150,6 +148,22 @@ def load(folder: Path) -> Artifact:
         card=document["card"],
         features=FeatureSettings(half_lives=half_lives),  # type: ignore[arg-type]
     )
+
+
+def _trusted(body: bytes) -> Mapping[str, DivergenceForecaster]:
+    """The model, if nothing in it is of a type that others wrote.
+
+    Raises:
+        ArtifactError: Something is, or the file is not skops's.
+    """
+    try:
+        unknown = set(skops_io.get_untrusted_types(data=body)) - set(_TRUSTED)
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ArtifactError(f"{_MODEL_FILE} is damaged: {error}") from None
+    if unknown:
+        raise ArtifactError(f"the artifact holds types that are not trusted: {sorted(unknown)}")
+    found: Mapping[str, DivergenceForecaster] = skops_io.loads(body, trusted=list(_TRUSTED))
+    return found
 
 
 def load_shipped() -> Artifact | None:

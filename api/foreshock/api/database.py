@@ -105,7 +105,7 @@ class Database:
         """Seconds since 1970 by the database's clock, which all replicas share."""
         sql = _POSTGRESQL_NOW if self.shared else _SQLITE_NOW
         with self.engine.begin() as connection:
-            return float(connection.execute(sa.text(sql)).scalar_one())
+            return float(connection.execute(sql).scalar_one())
 
     def close(self) -> None:
         """Give the connections back."""
@@ -155,8 +155,10 @@ class Database:
             yield
 
 
-_POSTGRESQL_NOW: Final = "SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
-_SQLITE_NOW: Final = "SELECT (julianday('now') - 2440587.5) * 86400.0"
+_POSTGRESQL_NOW: Final = sa.text(
+    "SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+)
+_SQLITE_NOW: Final = sa.text("SELECT (julianday('now') - 2440587.5) * 86400.0")
 
 
 def _key(name: str) -> int:

@@ -5,12 +5,13 @@ Holds shapes only; numbers are put through `record.encode_number` by `number` an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, field_validator
 
 from foreshock.monitor.record import encode_number
 
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 NEXT: Any = Field(None, description="`cursor` of the next page; null on the last one.")
+
+_MOST_CONFIG: Final = 4 * 1024 * 1024
 
 NonFinite = Literal["NaN", "Infinity", "-Infinity"]
 Number = float | NonFinite | None
@@ -62,11 +65,19 @@ class LaunchBody(_Body):
     first_step: int = Field(0, ge=0, le=2**62, description="Step the launch starts at.")
     parent_launch: UUID | None = Field(None, description="Launch whose checkpoint it starts from.")
     config: dict[str, JsonValue] | None = Field(
-        None, description="Shown to people, never analysed."
+        None, description="Shown to people, never analysed; at most 4 MiB as JSON."
     )
     layers: list[LayerName] = Field([], max_length=65_535, description="Layers in model order.")
     tokens_per_step: int | None = Field(None, gt=0, le=2**62)
     world_size: int | None = Field(None, gt=0, le=2**31 - 1)
+
+    @field_validator("config")
+    @classmethod
+    def _bounded(cls, config: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
+        # Every list of runs reads it.
+        if config is not None and len(json.dumps(config)) > _MOST_CONFIG:
+            raise ValueError(f"it has more than {_MOST_CONFIG} bytes as JSON")
+        return config
 
 
 class LaunchAnswer(_Body):

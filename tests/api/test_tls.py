@@ -19,6 +19,10 @@ from foreshock.monitor.shipping import ship_leftovers
 from foreshock.monitor.spool import Spool
 from tests.api.service import Service, make_record, new_launch
 
+pytestmark = [
+    pytest.mark.debian,
+    pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed"),
+]
 TOKEN = "a-bootstrap-token-for-tests"
 
 

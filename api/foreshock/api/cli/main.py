@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from foreshock.api.cli import collect, data, demo, fit, incident, score, serve, sweep, token, train
+from foreshock.api.cli import (
+    collect,
+    compare,
+    data,
+    demo,
+    fit,
+    incident,
+    score,
+    serve,
+    sweep,
+    token,
+    train,
+)
 
 __all__ = ["app", "run"]
 
@@ -26,6 +38,7 @@ serve.register(app)
 collect.register(app)
 token.register(app)
 data.register(app)
+compare.register(app)
 score.register(app)
 fit.register(app)
 incident.register(app)

@@ -31,6 +31,7 @@ WORDS = re.compile(
 PARTS: dict[str, set[str]] = {
     "collect/depot.py": {"columns", "gone", "marks", "old", "where"},
     "database.py": {"pragma"},
+    "store_engine.py": {"DATABASE"},
     "store_clickhouse.py": {
         "CHUNK_STEPS",
         "columns",

@@ -26,6 +26,7 @@ from foreshock.api.registry import Registry
 from foreshock.api.routes import (
     alerts,
     audit,
+    backups,
     batches,
     diagnosis,
     events,
@@ -151,7 +152,18 @@ def _on_database_error(_: Request, error: Exception) -> Response:
 def _api_router() -> APIRouter:
     router = APIRouter(prefix="/api/v1", dependencies=[DECLARED])
     stored = (runs, batches, series, heatmap, records)
-    for module in (*stored, risk, diagnosis, alerts, events, forecast, incident, tokens, audit):
+    for module in (
+        *stored,
+        risk,
+        diagnosis,
+        alerts,
+        events,
+        forecast,
+        incident,
+        tokens,
+        audit,
+        backups,
+    ):
         router.include_router(module.router)
     return router
 

@@ -271,6 +271,7 @@ class Ingest:
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._writing = threading.Lock()
+        self.no_deletion = threading.Lock()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="foreshock-ingest", daemon=True)
 
@@ -362,12 +363,13 @@ class Ingest:
             StoreError: The facts could not all be removed; the next start removes them.
             SQLAlchemyError: The registry could not be written; nothing has happened.
         """
-        # Between two groups of the writer: none may have a batch of the run in hand.
-        with self._writing:
-            self._registry.delete(run_id)
-            self._ledger.forget()
-        self._store.delete_run(run_id)
-        self._registry.facts_removed(run_id)
+        with self.no_deletion:
+            # Between two groups of the writer: none may have a batch of the run in hand.
+            with self._writing:
+                self._registry.delete(run_id)
+                self._ledger.forget()
+            self._store.delete_run(run_id)
+            self._registry.facts_removed(run_id)
 
     # The writer thread
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import pyarrow as pa
@@ -208,6 +209,18 @@ class Store(Protocol):
 
     def delete_run(self, run_id: str) -> None:
         """Remove everything of a run, from any thread; on return it is gone from the disk."""
+        ...
+
+    def backup(self, folder: Path) -> None:
+        """Write a copy of everything into a new folder, while others read and write.
+
+        Raises:
+            StoreError: It failed, or this kind of store has backups of its own.
+        """
+        ...
+
+    def drop_risks_after(self, version: int) -> None:
+        """Remove risk rows that were added later than this, nanoseconds since 1970."""
         ...
 
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
@@ -157,6 +158,26 @@ class ClickHouseStore(Store):
                     )
             removed += count
         return removed
+
+    def backup(self, folder: Path) -> None:
+        """Write a copy of everything into a new folder; parts of tables never change.
+
+        Raises:
+            StoreError: It failed, or the engine runs on servers.
+        """
+        self._engine.backup(folder)
+
+    def drop_risks_after(self, version: int) -> None:
+        """Remove risk rows that were added later than this, nanoseconds since 1970.
+
+        Raises:
+            StoreError: It failed.
+        """
+        with self._derived_lock:
+            self._derived.command(
+                "ALTER TABLE risk DELETE WHERE ver > {version:UInt64} SETTINGS mutations_sync = 2",
+                {"version": version},
+            )
 
     def delete_run(self, run_id: str) -> None:
         """Remove everything of a run; on return it is gone from the disk.

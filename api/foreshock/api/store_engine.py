@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = ["DATABASE", "Engine", "Writer", "open_chdb", "open_server"]
 
 DATABASE: Final = "foreshock"
 """Where the tables lie, unless the address of a server names another database."""
+_LOOK_SECONDS: Final = 0.05
 
 
 class Writer:
@@ -105,6 +107,38 @@ class Engine:
         """See `Watch.hung_seconds`."""
         return self._watch.hung_seconds()
 
+    def backup(self, folder: Path) -> None:
+        """Write a copy of the database into a new folder below the one that is allowed.
+
+        Raises:
+            StoreError: It failed, or this engine runs on a server.
+        """
+        if self._folder is None:
+            raise StoreError(
+                "ClickHouse servers have backups of their own: BACKUP DATABASE foreshock"
+            )
+        self._wait_for(f"BACKUP DATABASE {DATABASE} TO File({{folder:String}})", folder)
+
+    def restore(self, folder: Path) -> None:
+        """Bring back what `backup` wrote, into an empty database.
+
+        Raises:
+            StoreError: It failed.
+        """
+        self._wait_for(f"RESTORE DATABASE {DATABASE} FROM File({{folder:String}})", folder)
+
+    def _wait_for(self, sql: str, folder: Path) -> None:
+        # In the background: it takes as long as there is data, longer than a query may.
+        found = self.read(f"{sql} ASYNC", {"folder": str(folder)})
+        query = "SELECT toString(status) AS state, error FROM system.backups WHERE id = {id:String}"
+        while True:
+            state = self.read(query, {"id": found["id"][0].as_py()}).to_pylist()[0]
+            if state["error"] or state["state"] in ("BACKUP_CANCELLED", "RESTORE_CANCELLED"):
+                raise StoreError((state["error"] or state["state"]).splitlines()[0][:300])
+            if state["state"] in ("BACKUP_CREATED", "RESTORED"):
+                return
+            time.sleep(_LOOK_SECONDS)
+
     def read(self, sql: str, parameters: Mapping[str, Any]) -> pa.Table:
         """Run a query with bound parameters.
 
@@ -136,17 +170,27 @@ class Engine:
                 raise _store_error(error) from error
 
 
-def open_chdb(path: Path, limits: Limits) -> Engine:
+def open_chdb(path: Path, limits: Limits, backups: Path | None = None) -> Engine:
     """ClickHouse in this process, over a folder of its own.
+
+    Args:
+        path: That folder.
+        limits: What one query may cost.
+        backups: Below it, `backup` may write and `restore` read; default: beside the store.
 
     Raises:
         StoreError: The folder cannot be used, usually because another process has it open.
     """
     settings = _settings(limits)
+    allowed = (backups or path.parent / "backups").resolve()
 
     def connect(database: str | None = DATABASE) -> Client:
         return clickhouse_connect.get_client(
-            interface="chdb", path=str(path), database=database, settings=settings
+            interface="chdb",
+            path=str(path),
+            database=database,
+            settings=settings,
+            chdb_options={"backups.allowed_path": str(allowed)},
         )
 
     try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
 from functools import partial
+from pathlib import Path
 
-from foreshock.api.store import LayerNames, Limits, Store
+from foreshock.api.store import LayerNames, Limits, Store, StoreError
 from foreshock.api.store_shards import ShardedStore
-from foreshock.api.store_sqlite import SqliteStore
+from foreshock.api.store_sqlite import STORE_FILE, SqliteStore, copy_sqlite
 from foreshock.api.store_url import ChdbPlace, ClickHouseServer, SqlitePlace, StorePlace
 
-__all__ = ["open_store"]
+__all__ = ["open_store", "restore_store"]
 
 
 def open_store(
@@ -58,3 +60,27 @@ def open_store(
     return ShardedStore(
         {name: partial(open_one, server) for name, server in zip(names, place.servers, strict=True)}
     )
+
+
+def restore_store(place: ChdbPlace | SqlitePlace, folder: Path) -> None:
+    """Bring back what `Store.backup` wrote, where no store is yet.
+
+    Raises:
+        StoreError: It cannot be read, or there is a store already.
+    """
+    if place.path.exists():
+        raise StoreError(f"{place.path} exists; restore into an empty data folder")
+    if isinstance(place, SqlitePlace):
+        place.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            copy_sqlite(folder / STORE_FILE, place.path)
+        except sqlite3.Error as error:
+            raise StoreError(f"{folder} holds no backup of a store: {error}") from error
+        return
+    from foreshock.api.store_engine import open_chdb
+
+    engine = open_chdb(place.path, Limits(clients=1), folder.parent)
+    try:
+        engine.restore(folder)
+    finally:
+        engine.close()

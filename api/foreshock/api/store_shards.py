@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
@@ -138,6 +139,19 @@ class ShardedStore(Store):
     def discard_between(self, first: int, last: int) -> int:
         """Remove from every shard the facts of batches of these numbers."""
         return sum(shard.store().discard_between(first, last) for shard in self._shards.values())
+
+    def backup(self, folder: Path) -> None:
+        """Refuse.
+
+        Raises:
+            StoreError: Always: servers have backups of their own.
+        """
+        raise StoreError("ClickHouse servers have backups of their own: BACKUP DATABASE foreshock")
+
+    def drop_risks_after(self, version: int) -> None:
+        """Remove risk rows that were added later than this from every shard."""
+        for shard in self._shards.values():
+            shard.store().drop_risks_after(version)
 
     def delete_run(self, run_id: str) -> None:
         """See `Store`."""

@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,7 +55,10 @@ from foreshock.api.store_watch import Watch
 from foreshock.monitor.record import ROLES
 from foreshock.monitor.record.schema import EVENT_TYPE
 
-__all__ = ["SqliteStore"]
+__all__ = ["STORE_FILE", "SqliteStore", "copy_sqlite"]
+
+STORE_FILE: Final = "store.sqlite"
+"""Name of the copy in a backup."""
 
 _STEPS: Final = pa.schema(
     [("step", pa.int64()), ("time", pa.timestamp("us", tz="UTC")), ("attempt", pa.uint32())]
@@ -225,6 +228,27 @@ class SqliteStore(Store):
         with self._transaction() as writer:
             _remove(writer, "received < ?", received)
 
+    def backup(self, folder: Path) -> None:
+        """Write a copy of the file into a new folder.
+
+        Raises:
+            StoreError: It failed.
+        """
+        try:
+            folder.mkdir(parents=True)
+            copy_sqlite(self._path, folder / STORE_FILE)
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(f"the backup failed: {error}") from error
+
+    def drop_risks_after(self, version: int) -> None:
+        """Remove risk rows that were added later than this, nanoseconds since 1970.
+
+        Raises:
+            StoreError: It failed.
+        """
+        with self._transaction() as writer:
+            writer.execute("DELETE FROM risk WHERE ver > ?", (version,))
+
     def delete_run(self, run_id: str) -> None:
         """Remove everything of a run.
 
@@ -376,6 +400,16 @@ class SqliteStore(Store):
         rows = table_of(self._read(sql, given), _CELLS)
         steps = tuple(range(bounds[0], bounds[1] + 1, width))
         return Heatmap(steps=steps, values=grid(rows, self._layer_names(view.run_id), len(steps)))
+
+
+def copy_sqlite(source: Path, target: Path) -> None:
+    """A consistent copy of an SQLite file that others may be writing to.
+
+    Raises:
+        sqlite3.Error: One of the two cannot be used.
+    """
+    with closing(sqlite3.connect(source)) as original, closing(sqlite3.connect(target)) as copy:
+        original.backup(copy)
 
 
 def _insert(writer: sqlite3.Connection, table: str, rows: pa.Table) -> None:

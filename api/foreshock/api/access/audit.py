@@ -29,6 +29,7 @@ Action = Literal[
     "launch.announce",
     "run.delete",
     "run.end",
+    "service.backup",
     "alert.feedback",
     "alert.acknowledge",
     "page.sign_in",

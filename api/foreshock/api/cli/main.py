@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from foreshock.api.cli import (
+    backup,
     collect,
     compare,
     data,
@@ -39,6 +40,7 @@ collect.register(app)
 token.register(app)
 data.register(app)
 compare.register(app)
+backup.register(app)
 score.register(app)
 fit.register(app)
 incident.register(app)

@@ -145,6 +145,11 @@ class Client(AccessCalls):
         """Delete a run and all that is known of it; there is no way back."""
         self._http.ask("DELETE", path_of(run), query={"project": self.project})
 
+    @operation("make_service_backup")
+    def backup(self) -> str:
+        """Back up the service on its own disk; the folder there, once it is complete."""
+        return str(self._http.ask("POST", "api/v1/backups", again=False).json()["folder"])
+
     @operation("announce_launch")
     def announce(
         self,

@@ -144,8 +144,15 @@ def batch_of(sequence: int) -> list[Any]:
     return [make_record(STEPS * sequence + i - back) for i in range(STEPS)]
 
 
-def send(urls: list[str], log: Log, stop: threading.Event) -> None:
-    """Batches in order, each again until it is acknowledged, at whichever address answers."""
+def send(urls: list[str], log: Log, stop: threading.Event, pause: float = 0.0) -> None:
+    """Batches in order, each again until it is acknowledged, at whichever address answers.
+
+    Args:
+        urls: Addresses, in turn.
+        log: Notes.
+        stop: Ends it.
+        pause: Seconds after each answer.
+    """
     turn = 0
     while not stop.is_set():
         sequence = len(log.acknowledged)
@@ -163,6 +170,7 @@ def send(urls: list[str], log: Log, stop: threading.Event) -> None:
         assert answer.status_code in (200, 201), answer.text
         log.again += answer.status_code == 200
         log.acknowledged.append(sequence)
+        stop.wait(pause)
 
 
 def wait_for_more(logs: list[Log]) -> None:

@@ -33,6 +33,7 @@ from foreshock.monitor.record import (
 from tests.api.live_helpers import ScriptedScorer, wait_until
 from tests.api.test_live import World
 
+ROOT = Path(__file__).parent.parent.parent
 ODD = (0.0, 1.0, 3.5, -2.0, float("nan"), float("inf"), float("-inf"), None)
 
 
@@ -236,7 +237,10 @@ def test_workers_end_when_their_service_is_killed(tmp_path: Path) -> None:
     )
     file = tmp_path / "service.py"
     file.write_text(script)
-    with subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, text=True) as parent:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, str(file)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         parent.kill()

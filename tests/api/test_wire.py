@@ -143,6 +143,18 @@ def test_types_that_expand_when_read_are_refused() -> None:
         read_guarded(write_stream(pa.table({"step": runs}), compression=None), 64 * LIMIT)
 
 
+@pytest.mark.parametrize(
+    "column",
+    [pa.array([1]), pa.array([{"inner": 1}]), pa.array([[{"inner": 1}]])],
+    ids=["name", "field", "field_of_a_list"],
+)
+def test_names_that_are_not_utf8_are_refused(column: pa.Array) -> None:
+    name = b"outer" if pa.types.is_integer(column.type) else b"inner"
+    body = write_stream(pa.table({"outer": column})).replace(name, b"\x80" + name[1:])
+    with pytest.raises(RecordError, match="not UTF-8"):
+        read_guarded(body, 10_000)
+
+
 def test_dictionary_columns_are_read() -> None:
     names = pa.array(["a", "b", "a"]).dictionary_encode()
     table = read_guarded(write_stream(pa.table({"layer": names})), LIMIT)

@@ -38,10 +38,14 @@ def read_guarded(body: bytes, limit: int) -> pa.Table:
         if _decoded_size(body) > limit:
             raise BodyTooLarge(f"the Arrow buffers decompress to more than {limit} bytes")
         table = _read(body)
+        for field in table.schema:
+            _read_names(field)
         for name in table.column_names:
             for chunk in table[name].chunks:
                 _check(chunk, limit)
         table.validate(full=True)
+    except UnicodeDecodeError:
+        raise RecordError("not a whole Arrow IPC stream: a name is not UTF-8") from None
     except (pa.ArrowException, OSError, EOFError, struct.error, IndexError, OverflowError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise RecordError(f"not a whole Arrow IPC stream: {first}") from None
@@ -56,6 +60,18 @@ def _read(body: bytes) -> pa.Table:
         while (batch := _next(reader)) is not None:
             batches.append(batch)
         return pa.Table.from_batches(batches, schema=reader.schema)
+
+
+def _read_names(field: pa.Field) -> None:
+    """Read every name once, those of nested columns too.
+
+    Raises:
+        UnicodeDecodeError: One is not UTF-8; Arrow finds out when somebody asks for it.
+    """
+    _ = field.name
+    kind = field.type
+    for index in range(kind.num_fields):
+        _read_names(kind.field(index))
 
 
 def _next(reader: pa.RecordBatchStreamReader) -> pa.RecordBatch | None:

@@ -40,7 +40,12 @@ class BackupBody(BaseModel):
 
 @router.post("/backups", status_code=201, dependencies=[ADMIN], responses=errors(409))
 def make_service_backup(services: ServicesDep) -> BackupBody:
-    """Back up registry and store while the service goes on; answers when the copy is complete."""
+    """Back up registry and store while the service goes on; answers when the copy is complete.
+
+    An admin of all projects may, since a backup holds them all.
+    """
+    if services.principal.projects is not None:
+        raise Problem(403, "a backup holds every project: it takes an admin of all of them")
     try:
         with services.ingest.no_deletion:
             made = make_backup(services.settings, services.store)

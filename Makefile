@@ -23,8 +23,9 @@ setup-dev: .venv/.installed-dev
 demo: setup
 	$(BIN)/foreshock demo --seed $(SEED)
 
+# Two at a time: much of a test is a service that starts.
 test: setup-dev
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 test-long: setup-dev
 	$(BIN)/pytest -q -m long

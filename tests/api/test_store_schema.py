@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from foreshock.api.store_schema import FACT_TABLES, TableOptions, create_database, ddl
+from foreshock.api.store_schema import (
+    FACT_TABLES,
+    ROLLUP_TABLES,
+    TableOptions,
+    create_database,
+    ddl,
+)
 
 CLUSTER = TableOptions(server=True, cluster="main", retention_days=30)
 
@@ -41,7 +47,7 @@ def key(statement: str) -> str:
 def test_a_cluster_has_the_same_columns_and_keys() -> None:
     plain = [s for s in ddl(TableOptions()) if s.startswith("CREATE")]
     local = [s for s in ddl(CLUSTER) if "ENGINE = Replicated" in s]
-    assert len(plain) == len(local) == len(FACT_TABLES) + 1
+    assert len(plain) == len(local) == len(FACT_TABLES) + 1 + len(ROLLUP_TABLES)
     for one, two in zip(plain, local, strict=True):
         assert columns(one) == columns(two)
         assert key(one) == key(two)
@@ -88,7 +94,7 @@ def test_the_engine_makes_the_tables_of_a_cluster_as_far_as_it_can(tmp_path: Pat
         for s in ddl(CLUSTER)
     ]
     made = _made(tmp_path, config, statements)
-    for table in (*FACT_TABLES, "risk"):
+    for table in (*FACT_TABLES, "risk", *ROLLUP_TABLES):
         assert f'"{table}","Distributed"' in made
         assert f'"{table}_local","ReplacingMergeTree"' in made
 

@@ -20,7 +20,7 @@ import pytest
 from foreshock.api.store import Store, View
 from foreshock.api.store_clickhouse import ClickHouseStore
 from foreshock.api.store_open import open_store
-from foreshock.api.store_schema import FACT_TABLES, RISK_SCHEMA
+from foreshock.api.store_schema import FACT_TABLES, RISK_SCHEMA, ROLLUP_TABLES
 from foreshock.api.store_url import ServersPlace, parse_store
 from foreshock.monitor.record import table_to_records
 from tests.api.live_helpers import START
@@ -54,7 +54,7 @@ def test_every_table_is_replicated_behind_a_distributed_one(store: Store) -> Non
         "SELECT name, engine FROM system.tables WHERE database = currentDatabase()", {}
     ).to_pylist()
     engines = {row["name"]: row["engine"] for row in rows}
-    for table in (*FACT_TABLES, "risk"):
+    for table in (*FACT_TABLES, "risk", *ROLLUP_TABLES):
         assert engines[table] == "Distributed"
         assert engines[f"{table}_local"] == "ReplicatedReplacingMergeTree"
 

@@ -187,6 +187,7 @@ def _open(settings: Settings, live: LiveFactory | None, stack: ExitStack) -> Ser
         limits=limits,
         fsync=settings.fsync,
         retention_days=settings.retention_days,
+        rollup_retention_days=settings.rollup_retention_days,
     )
     stack.callback(store.close)
     analysis = live(settings, registry, store) if live is not None else NoLive()

@@ -23,6 +23,7 @@ from foreshock.api.live import LiveAnalysis, LiveParts
 from foreshock.api.live_run import Latest
 from foreshock.api.registry import Registry
 from foreshock.api.replica_feed import ReplicaFeed, publish_alerts, publish_stored
+from foreshock.api.rolling import Roller
 from foreshock.api.scoring import Scorer, ShippedScorers
 from foreshock.api.scoring_workers import InlineScoring, Scoring, ScoringWorkers
 from foreshock.api.settings import Settings
@@ -93,6 +94,8 @@ class LiveService:
             count=self.tally.delivery,
             leads=None if leases is None else partial(_leads, leases),
         )
+        held = leases or SoleReplica()
+        self._roller = Roller(registry, store, held)
         parts = LiveParts(
             registry=registry,
             store=self._records,
@@ -103,7 +106,7 @@ class LiveService:
             watch=self._watch,
             diagnose=self.diagnose,
             alerted=self._delivery.wake,
-            leases=leases or SoleReplica(),
+            leases=held,
         )
         self._analysis = LiveAnalysis(parts, queue_batches=settings.live_queue_batches)
         self._feed: ReplicaFeed | None = None
@@ -131,6 +134,7 @@ class LiveService:
         self._diagnosis.start()
         self._delivery.start()
         self._analysis.start()
+        self._roller.start()
         if self._feed is not None:
             self._feed.start()
 
@@ -138,6 +142,7 @@ class LiveService:
         """End the event readers, then the threads; what is not done is done after a restart."""
         self.stream.close()
         self._analysis.stop()
+        self._roller.stop()
         self._delivery.stop()
         if self._feed is not None:
             self._feed.stop()

@@ -60,7 +60,9 @@ class Settings:
         max_body_bytes: Largest request body as it comes in.
         max_decoded_bytes: Largest body once decompressed (Arrow buffers counted decompressed).
         max_json_bytes: Largest JSON body once decompressed; JSON costs far more memory than Arrow.
-        retention_days: Records received longer ago are deleted; 0 keeps them.
+        retention_days: Records received longer ago are deleted; 0 keeps them. Series and heatmaps
+            go on from rollups.
+        rollup_retention_days: Rollups made longer ago are deleted; 0 keeps them.
         min_free_bytes: Below so much free disk new batches get 503: the engine needs room to merge,
             and does not survive a disk that is really full.
         fsync: Whether an acknowledged batch survives a power cut (else only a killed process).
@@ -106,6 +108,7 @@ class Settings:
     max_decoded_bytes: int = 256 * _MEBIBYTE
     max_json_bytes: int = 32 * _MEBIBYTE
     retention_days: int = 0
+    rollup_retention_days: int = 0
     min_free_bytes: int = 512 * _MEBIBYTE
     fsync: bool = True
     group_batches: int = 32
@@ -207,7 +210,13 @@ _POSITIVE: Final = (
     "body_bytes_rate",
     "receiving_bytes",
 )
-_NOT_NEGATIVE: Final = ("retention_days", "token_requests", "token_bytes", "audit_days")
+_NOT_NEGATIVE: Final = (
+    "retention_days",
+    "rollup_retention_days",
+    "token_requests",
+    "token_bytes",
+    "audit_days",
+)
 _TRUTH: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 

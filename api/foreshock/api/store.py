@@ -25,6 +25,7 @@ __all__ = [
     "Limits",
     "Series",
     "SeriesKey",
+    "StaleChunk",
     "Store",
     "StoreBusy",
     "StoreError",
@@ -162,6 +163,21 @@ class TensorKinds:
     formats: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class StaleChunk:
+    """A chunk of an attempt whose rollups do not say what its rows say.
+
+    Attributes:
+        attempt: The attempt.
+        chunk: Which `CHUNK_STEPS` steps.
+        newest: Highest number of a batch with records in it.
+    """
+
+    attempt: int
+    chunk: int
+    newest: int
+
+
 class Store(Protocol):
     """What a store has to do; methods with a body follow from the others.
 
@@ -223,6 +239,24 @@ class Store(Protocol):
         """Remove risk rows that were added later than this, nanoseconds since 1970."""
         ...
 
+    def stale_chunks(self, run_id: str) -> list[StaleChunk]:
+        """Chunks whose rollups are missing or older than their rows; by attempt and chunk."""
+        ...
+
+    def roll(self, run_id: str, attempt: int, chunk: int, settled: int) -> int:
+        """Write the rollups of a chunk anew, from any thread; reads take the newest.
+
+        Args:
+            run_id: The run.
+            attempt: Its attempt.
+            chunk: Which `CHUNK_STEPS` steps.
+            settled: Batches up to this number are acknowledged or removed; later ones are left out.
+
+        Returns:
+            How many blocks of 64 steps were written.
+        """
+        ...
+
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
         """Add risk rows (`RISK_SCHEMA`) of several (run_id, attempt), all or none.
 
@@ -277,17 +311,24 @@ class Store(Protocol):
         ...
 
     def scalar_series(self, view: View, name: str, points: int) -> Series:
-        """One scalar in at most `points` buckets of equal width in steps."""
+        """One scalar in at most `points` buckets of equal width in steps.
+
+        Long ranges and rows that have expired are read from rollups; buckets then consist of whole
+        blocks of 64 steps.
+        """
         ...
 
     def tensor_series(self, view: View, key: SeriesKey, points: int) -> Series:
-        """One statistic of one tensor in at most `points` buckets of equal width in steps."""
+        """One statistic of one tensor; buckets as in `scalar_series`."""
         ...
 
     def heatmap(
         self, view: View, role: str, statistic: str, points: int, number_format: str | None = None
     ) -> Heatmap:
-        """The worst value per layer and bucket, over calls and experts; layers in stored order."""
+        """The worst value per layer and bucket, over calls and experts; layers in stored order.
+
+        Buckets as in `scalar_series`.
+        """
         ...
 
     # What follows from the above

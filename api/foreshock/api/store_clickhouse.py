@@ -15,25 +15,16 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from foreshock.api.rollup_plan import Stretch
 from foreshock.api.store import (
     CHUNK_STEPS,
     SMALLEST_IS_WORST,
-    Heatmap,
     LayerNames,
-    Series,
     SeriesKey,
-    Store,
     TensorKinds,
     View,
 )
-from foreshock.api.store_answers import (
-    bucket_width,
-    grid,
-    risk_rows,
-    series,
-    with_layer_names,
-    within,
-)
+from foreshock.api.store_answers import risk_rows, with_layer_names
 from foreshock.api.store_engine import Engine
 from foreshock.api.store_query import (
     bounds_sql,
@@ -42,9 +33,19 @@ from foreshock.api.store_query import (
     tensor_series_sql,
     view_sql,
 )
+from foreshock.api.store_query_rolled import (
+    blocks_sql,
+    rolled_blocks_sql,
+    rolled_bounds_sql,
+    rolled_heatmap_sql,
+    rolled_series_sql,
+    rows_to_roll_sql,
+)
+from foreshock.api.store_reads import RolledReads, RowsToRoll
 from foreshock.api.store_schema import (
     FACT_TABLES,
     RISK_SCHEMA,
+    ROLLUP_TABLES,
     STORED_TENSOR_FIELDS,
     TENSOR_KEY,
     TableOptions,
@@ -58,8 +59,11 @@ __all__ = ["ClickHouseStore"]
 # twins in every INSERT costs as much as all the rest of it.
 _FACT_SETTINGS: Final = {"optimize_on_insert": 0}
 
+# Tensor rows rolled up at a time: some 60 MB.
+_PIECE_ROWS: Final = 250_000
 
-class ClickHouseStore(Store):
+
+class ClickHouseStore(RolledReads):
     """Tables of facts and of risk.
 
     Args:
@@ -76,8 +80,8 @@ class ClickHouseStore(Store):
         Raises:
             StoreError: They cannot be made.
         """
+        super().__init__(layer_names, _PIECE_ROWS)
         self._engine = engine
-        self._layer_names = layer_names
         self._options = options or TableOptions()
         self._facts = self._engine.writer()
         self._derived = self._engine.writer()
@@ -85,6 +89,7 @@ class ClickHouseStore(Store):
         # Removes what is not acknowledged, while others append.
         self._remover = self._engine.writer()
         self._remover_lock = threading.Lock()
+        self._roller = self._engine.writer()
         for statement in ddl(self._options):
             self._facts.command(statement)
 
@@ -136,7 +141,7 @@ class ClickHouseStore(Store):
         Raises:
             StoreError: It failed; call again before anything is appended.
         """
-        return self._discard("ver > {low:UInt64}", {"low": commit})
+        return self._discard("ver >= {low:UInt64}", {"low": commit + 1})
 
     def discard_between(self, first: int, last: int) -> int:
         """`discard_after` for the batches of these numbers, ends included; others may append."""
@@ -145,19 +150,22 @@ class ClickHouseStore(Store):
         )
 
     def _discard(self, which: str, values: Mapping[str, int]) -> int:
-        removed = 0
-        for table in FACT_TABLES:
-            sql = f"SELECT count() AS n FROM {table} WHERE {which}"
-            count = int(self._engine.read(sql, values)["n"][0].as_py())
-            if count:
-                held = self._options.held_in(table)
-                with self._remover_lock:
-                    self._remover.command(
-                        f"ALTER TABLE {held} DELETE WHERE {which} SETTINGS mutations_sync = 2",
-                        values,
-                    )
-            removed += count
-        return removed
+        # Rollups that may have counted such facts go too, with what they replaced, and are made
+        # again.
+        doubtful = "SELECT run_id, attempt, block FROM steps_64 WHERE newest >= {low:Int64}"
+        self._discard_from("steps_64", f"(run_id, attempt, block) IN ({doubtful})", values)
+        return sum(self._discard_from(table, which, values) for table in FACT_TABLES)
+
+    def _discard_from(self, table: str, which: str, values: Mapping[str, int]) -> int:
+        sql = f"SELECT count() AS n FROM {table} WHERE {which}"
+        count = int(self._engine.read(sql, values)["n"][0].as_py())
+        if count:
+            held = self._options.held_in(table)
+            with self._remover_lock:
+                self._remover.command(
+                    f"ALTER TABLE {held} DELETE WHERE {which} SETTINGS mutations_sync = 2", values
+                )
+        return count
 
     def backup(self, folder: Path) -> None:
         """Write a copy of everything into a new folder; parts of tables never change.
@@ -185,10 +193,11 @@ class ClickHouseStore(Store):
         Raises:
             StoreError: It failed, and some may be left; call again.
         """
-        with self._derived_lock:
-            for table in (*FACT_TABLES, "risk"):
+        with self._rolling, self._derived_lock:
+            for table in (*FACT_TABLES, "risk", *ROLLUP_TABLES):
+                held = self._options.held_in(table)
                 self._derived.command(
-                    f"ALTER TABLE {table} DELETE WHERE run_id = {{run:String}}"
+                    f"ALTER TABLE {held} DELETE WHERE run_id = {{run:String}}"
                     " SETTINGS mutations_sync = 2",
                     {"run": run_id},
                 )
@@ -242,14 +251,19 @@ class ClickHouseStore(Store):
 
     def scalar_names(self, run_id: str) -> list[str]:
         """Names of the scalars that a run ever recorded, sorted."""
-        sql = "SELECT DISTINCT name FROM scalars WHERE run_id = {run:String}"
+        sql = (
+            "SELECT DISTINCT name FROM scalars WHERE run_id = {run:String} UNION DISTINCT"
+            " SELECT DISTINCT name FROM values_64 WHERE run_id = {run:String} AND role = ''"
+        )
         return sorted(self._engine.read(sql, {"run": run_id})["name"].to_pylist())
 
     def tensor_kinds(self, run_id: str) -> TensorKinds:
         """Roles and formats of a run's tensors."""
         sql = (
             "SELECT groupUniqArray(role) AS roles, groupUniqArray(format) AS formats"
-            " FROM tensor_stats WHERE run_id = {run:String}"
+            " FROM (SELECT DISTINCT role, format FROM tensor_stats WHERE run_id = {run:String}"
+            " UNION ALL SELECT DISTINCT role, format FROM values_64"
+            " WHERE run_id = {run:String} AND role != '')"
         )
         row = self._engine.read(sql, {"run": run_id}).to_pylist()[0]
         return TensorKinds(
@@ -300,42 +314,66 @@ class ClickHouseStore(Store):
             found[table] = int(self._engine.read(sql, {"run": run_id})["n"][0].as_py())
         return found
 
-    def scalar_series(self, view: View, name: str, points: int) -> Series:
-        """One scalar in at most `points` buckets of equal width in steps."""
-        bounds = self.bounds(view)
-        if bounds is None:
-            return series(None)
-        view = within(view, bounds)
-        values = {"name": name, "origin": bounds[0], "width": bucket_width(bounds, points)}
-        return series(self._engine.read(scalar_series_sql(view), view.parameters | values))
+    # For series and heatmaps
 
-    def tensor_series(self, view: View, key: SeriesKey, points: int) -> Series:
-        """One statistic of one tensor in at most `points` buckets of equal width in steps."""
-        bounds = self.bounds(view)
-        if bounds is None:
-            return series(None)
-        view = within(view, bounds)
-        values = key.parameters | {"origin": bounds[0], "width": bucket_width(bounds, points)}
-        sql = tensor_series_sql(view, key)
-        return series(self._engine.read(sql, view.parameters | values))
+    def _rolled_bounds(self, view: View) -> tuple[int, int] | None:
+        row = self._engine.read(rolled_bounds_sql(view), view.parameters).to_pylist()[0]
+        return (int(row["low"]), int(row["high"])) if row["n"] else None
 
-    def heatmap(
-        self, view: View, role: str, statistic: str, points: int, number_format: str | None = None
-    ) -> Heatmap:
-        """The worst value per layer and bucket, over calls and experts; layers in stored order."""
-        bounds = self.bounds(view)
-        if bounds is None:
-            return Heatmap(steps=(), values={})
-        view = within(view, bounds)
-        width = bucket_width(bounds, points)
-        values: dict[str, Any] = {"role": role, "origin": bounds[0], "width": width}
-        if number_format is not None:
-            values["format"] = number_format
-        smallest = statistic in SMALLEST_IS_WORST
+    def _blocks(self, view: View) -> tuple[pa.Table, pa.Table]:
+        rolled = self._engine.read(rolled_blocks_sql(view), view.parameters)
+        return rolled, self._engine.read(blocks_sql(view), view.parameters)
+
+    def _scalar_buckets(self, view: View, values: Mapping[str, Any]) -> pa.Table:
+        return self._engine.read(scalar_series_sql(view), view.parameters | dict(values))
+
+    def _tensor_buckets(self, view: View, key: SeriesKey, values: Mapping[str, Any]) -> pa.Table:
+        return self._engine.read(tensor_series_sql(view, key), view.parameters | dict(values))
+
+    def _cells(self, view: View, statistic: str, values: Mapping[str, Any]) -> pa.Table:
         sql = heatmap_sql(
-            view, statistic, smallest=smallest, format_given=number_format is not None
+            view,
+            statistic,
+            smallest=statistic in SMALLEST_IS_WORST,
+            format_given=values["format"] is not None,
         )
-        rows = self._engine.read(sql, view.parameters | values)
-        steps = tuple(range(bounds[0], bounds[1] + 1, width))
-        names = self._layer_names(view.run_id)
-        return Heatmap(steps=steps, values=grid(rows, names, len(steps)))
+        return self._engine.read(sql, view.parameters | _given(values))
+
+    def _rolled_buckets(
+        self, run_id: str, stretches: Sequence[Stretch], values: Mapping[str, Any]
+    ) -> pa.Table:
+        sql = rolled_series_sql(format_given="format" in values)
+        rows = self._engine.read(sql, _of_stretches(run_id, stretches) | dict(values))
+        names = ["finite" if name == "held" else name for name in rows.column_names]
+        return rows.rename_columns(names)
+
+    def _rolled_cells(
+        self, run_id: str, stretches: Sequence[Stretch], values: Mapping[str, Any]
+    ) -> pa.Table:
+        smallest = values["name"] in SMALLEST_IS_WORST
+        sql = rolled_heatmap_sql(smallest=smallest, format_given=values["format"] is not None)
+        return self._engine.read(sql, _of_stretches(run_id, stretches) | _given(values))
+
+    # Rollups
+
+    def _to_roll(self, table: str, rows: RowsToRoll, layers: tuple[int, int]) -> pa.Table:
+        sql = rows_to_roll_sql()[table]
+        return self._engine.read(sql, rows.parameters | {"low": layers[0], "high": layers[1]})
+
+    def _keep_rollups(self, table: str, rows: pa.Table) -> None:
+        self._roller.insert(table, rows)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _of_stretches(run_id: str, stretches: Sequence[Stretch]) -> dict[str, Any]:
+    return {
+        "run": run_id,
+        "attempts": [each.attempt for each in stretches],
+        "firsts": [each.first for each in stretches],
+        "lasts": [each.last for each in stretches],
+        "low": stretches[0].first,
+        "high": stretches[-1].last,
+    }

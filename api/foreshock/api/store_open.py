@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def open_store(
     limits: Limits | None = None,
     fsync: bool = True,
     retention_days: int = 0,
+    rollup_retention_days: int = 0,
 ) -> Store:
     """Open a store, making it if it is not there.
 
@@ -30,6 +32,7 @@ def open_store(
         limits: What one query may cost.
         fsync: Whether facts are synced to disk before `append` returns.
         retention_days: Facts received longer ago are deleted; 0 keeps them.
+        rollup_retention_days: Rollups made longer ago are deleted; 0 keeps them.
 
     Raises:
         StoreError: It cannot be used.
@@ -37,19 +40,24 @@ def open_store(
     limits = limits or Limits()
     if isinstance(place, SqlitePlace):
         return SqliteStore(
-            place.path, layer_names, limits=limits, fsync=fsync, retention_days=retention_days
+            place.path,
+            layer_names,
+            limits=limits,
+            fsync=fsync,
+            retention_days=retention_days,
+            rollup_retention_days=rollup_retention_days,
         )
     # ClickHouse is large, and has no wheel for Windows.
     from foreshock.api.store_clickhouse import ClickHouseStore
     from foreshock.api.store_engine import open_chdb, open_server
     from foreshock.api.store_schema import TableOptions
 
-    if isinstance(place, ChdbPlace):
-        options = TableOptions(fsync=fsync, retention_days=retention_days)
-        return ClickHouseStore(open_chdb(place.path, limits), layer_names, options)
     options = TableOptions(
-        fsync=fsync, retention_days=retention_days, server=True, cluster=place.cluster
+        fsync=fsync, retention_days=retention_days, rollup_retention_days=rollup_retention_days
     )
+    if isinstance(place, ChdbPlace):
+        return ClickHouseStore(open_chdb(place.path, limits), layer_names, options)
+    options = replace(options, server=True, cluster=place.cluster)
 
     def open_one(server: ClickHouseServer) -> Store:
         return ClickHouseStore(open_server(server, place, limits), layer_names, options)

@@ -65,7 +65,7 @@ def _buckets(inner: str) -> str:
     return (
         "SELECT min(s) AS step, minOrNullIf(v, isFinite(v)) AS low,"
         " avgOrNullIf(v, isFinite(v)) AS mean, maxOrNullIf(v, isFinite(v)) AS high,"
-        f" countIf(NOT isFinite(v)) AS nonfinite, {_ODD} AS odd,"
+        f" countIf(NOT isFinite(v)) AS nonfinite, {_ODD} AS odd, countIf(isFinite(v)) AS finite,"
         " intDiv(s - {origin:Int64}, {width:Int64}) AS bucket"
         f" FROM ({inner}) WHERE v IS NOT NULL GROUP BY bucket ORDER BY bucket"
     )
@@ -86,7 +86,7 @@ def tensor_series_sql(view: View, key: SeriesKey) -> str:
     which = "what_if = 0" if key.format is None else "format = {format:String}"
     return _buckets(
         f"SELECT step AS s, argMax(tuple({_checked(key.statistic)}),"
-        f" (attempt, ver, NOT what_if, granularity)).1 AS v {rows}"
+        f" (attempt, ver, NOT what_if, granularity, format)).1 AS v {rows}"
         " AND layer = {layer:UInt16} AND role = {role:String} AND call_index = {call:Int32}"
         f" AND expert = {{expert:Int32}} AND {which} GROUP BY step"
     )

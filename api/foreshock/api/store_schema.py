@@ -18,6 +18,7 @@ __all__ = [
     "FACT_TABLES",
     "NO_EXPERT",
     "RISK_SCHEMA",
+    "ROLLUP_TABLES",
     "STORED_TENSOR_FIELDS",
     "TENSOR_KEY",
     "TableOptions",
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 FACT_TABLES: Final = ("steps", "scalars", "events", "tensor_stats")
+ROLLUP_TABLES: Final = ("values_64", "steps_64")
+"""Made from the facts; the second says which of the first are whole, and is written last."""
+
 NO_EXPERT: Final = -1
 """`expert` outside mixtures of experts: a sort key holds no nulls."""
 
@@ -60,7 +64,11 @@ RISK_SCHEMA: Final = pa.schema(
 )
 """One row per step and horizon; nulls where the model cannot say."""
 
-_CODECS: Final = {"step": "CODEC(Delta(8), ZSTD(1))", "ver": "CODEC(Delta(8), ZSTD(1))"}
+_CODECS: Final = {
+    "step": "CODEC(Delta(8), ZSTD(1))",
+    "block": "CODEC(Delta(8), ZSTD(1))",
+    "ver": "CODEC(Delta(8), ZSTD(1))",
+}
 _TYPES: Final = {pa.float32(): "Float32", pa.int32(): "Int32", pa.int64(): "Int64"}
 
 
@@ -106,6 +114,33 @@ _COLUMNS: Final[dict[str, dict[str, str]]] = {
         "state": "LowCardinality(String)",
         "model_version": "LowCardinality(String)",
     },
+    # A block is 64 steps; see rollups.py for the columns. A scalar has an empty role.
+    "values_64": {
+        "name": "LowCardinality(String)",
+        "role": "LowCardinality(String)",
+        "layer": "UInt16",
+        "call_index": "Int32",
+        "expert": "Int32",
+        "format": "LowCardinality(String)",
+        "granularity": "LowCardinality(String)",
+        "what_if": "Bool",
+        "picked": "UInt8",
+        "first_step": "Int64 CODEC(Delta(8), ZSTD(1))",
+        "finite": "UInt16 CODEC(ZSTD(1))",
+        "smallest": "Nullable(Float64) CODEC(ZSTD(1))",
+        "average": "Nullable(Float64) CODEC(ZSTD(1))",
+        "largest": "Nullable(Float64) CODEC(ZSTD(1))",
+        "others": "UInt16 CODEC(ZSTD(1))",
+        "other": "Nullable(Float64) CODEC(ZSTD(1))",
+    },
+    "steps_64": {
+        "facts": "Int64",
+        "versions": "Int64",
+        "newest": "Int64",
+        "held": "Int64",
+        "first_step": "Int64",
+        "last_step": "Int64",
+    },
 }
 
 _ORDER: Final = {
@@ -116,6 +151,12 @@ _ORDER: Final = {
     # newest steps touches one or two chunks, however long the run.
     "tensor_stats": f"run_id, intDiv(step, 1024), {', '.join(TENSOR_KEY)}",
     "risk": "run_id, attempt, step, horizon",
+    # One statistic of one tensor over the whole run lies together, and so does one of a role.
+    "values_64": (
+        "run_id, name, role, layer, call_index, expert, format, what_if, granularity, picked,"
+        " attempt, block"
+    ),
+    "steps_64": "run_id, attempt, block",
 }
 
 
@@ -126,6 +167,7 @@ class TableOptions:
     Attributes:
         fsync: Sync every INSERT of facts to disk before it returns.
         retention_days: Delete what was received longer ago; 0 keeps everything.
+        rollup_retention_days: Delete rollups made longer ago; 0 keeps them.
         server: On servers, where a request may be sent twice: an INSERT with a token that was
             seen before does nothing.
         cluster: Name of a cluster: every table is replicated within its shard, and a Distributed
@@ -134,6 +176,7 @@ class TableOptions:
 
     fsync: bool = True
     retention_days: int = 0
+    rollup_retention_days: int = 0
     server: bool = False
     cluster: str = ""
 
@@ -165,7 +208,8 @@ def ddl(options: TableOptions) -> list[str]:
 
 
 def _create(table: str, columns: dict[str, str], options: TableOptions) -> str:
-    full = {"run_id": "LowCardinality(String)", "attempt": "UInt32", "step": "Int64", **columns}
+    position = "block" if table in ROLLUP_TABLES else "step"
+    full = {"run_id": "LowCardinality(String)", "attempt": "UInt32", position: "Int64", **columns}
     full |= {"ver": "UInt64", "received": "DateTime DEFAULT now() CODEC(Delta(4), ZSTD(1))"}
     body = ", ".join(f"{name} {kind} {_CODECS.get(name, '')}" for name, kind in full.items())
     # Partitions by time of receipt: a record's own time is the client's and may be anything.
@@ -217,7 +261,8 @@ def _additions(table: str, columns: dict[str, str], options: TableOptions) -> li
 
 def _retention(table: str, options: TableOptions) -> str:
     # A date in the far future stands for "keep": a table without TTL refuses REMOVE TTL.
-    days = options.retention_days
+    rollups = table in ROLLUP_TABLES
+    days = options.rollup_retention_days if rollups else options.retention_days
     span = f"INTERVAL {days} DAY" if days else "INTERVAL 50 YEAR"
     return (
         f"ALTER TABLE {options.held_in(table)} MODIFY TTL received + {span} "

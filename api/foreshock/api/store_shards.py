@@ -21,6 +21,7 @@ from foreshock.api.store import (
     Heatmap,
     Series,
     SeriesKey,
+    StaleChunk,
     Store,
     StoreError,
     StoreUnreachable,
@@ -156,6 +157,14 @@ class ShardedStore(Store):
     def delete_run(self, run_id: str) -> None:
         """See `Store`."""
         self._of(run_id).delete_run(run_id)
+
+    def stale_chunks(self, run_id: str) -> list[StaleChunk]:
+        """See `Store`."""
+        return self._of(run_id).stale_chunks(run_id)
+
+    def roll(self, run_id: str, attempt: int, chunk: int, settled: int) -> int:
+        """See `Store`."""
+        return self._of(run_id).roll(run_id, attempt, chunk, settled)
 
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
         """Add risk rows; those of a shard are in before another shard's fail."""

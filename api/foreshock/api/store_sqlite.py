@@ -6,6 +6,7 @@ and a heatmap reads every row of its role.
 
 from __future__ import annotations
 
+import json
 import queue
 import shutil
 import sqlite3
@@ -17,31 +18,27 @@ from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from foreshock.api.rollup_plan import Stretch
 from foreshock.api.store import (
     CHUNK_STEPS,
     SMALLEST_IS_WORST,
-    Heatmap,
     LayerNames,
     Limits,
-    Series,
     SeriesKey,
-    Store,
     StoreBusy,
     StoreError,
     TensorKinds,
     View,
 )
-from foreshock.api.store_answers import (
-    bucket_width,
-    grid,
-    risk_rows,
-    series,
-    with_layer_names,
-    within,
+from foreshock.api.store_answers import BUCKETS, CELLS, risk_rows, with_layer_names
+from foreshock.api.store_reads import RolledReads, RowsToRoll
+from foreshock.api.store_schema import (
+    FACT_TABLES,
+    RISK_SCHEMA,
+    ROLLUP_TABLES,
+    STORED_TENSOR_FIELDS,
 )
-from foreshock.api.store_schema import FACT_TABLES, RISK_SCHEMA, STORED_TENSOR_FIELDS
 from foreshock.api.store_sqlite_query import (
     bounds_sql,
     heatmap_sql,
@@ -49,8 +46,25 @@ from foreshock.api.store_sqlite_query import (
     scalar_series_sql,
     tensor_series_sql,
 )
+from foreshock.api.store_sqlite_rolled import (
+    BLOCKS,
+    ROLLED_BLOCKS,
+    blocks_sql,
+    rolled_blocks_sql,
+    rolled_bounds_sql,
+    rolled_heatmap_sql,
+    rolled_series_sql,
+    rows_to_roll_sql,
+)
 from foreshock.api.store_sqlite_schema import COLUMNS, KEYS, ddl, missing_columns
-from foreshock.api.store_sqlite_values import columns_of, table_of
+from foreshock.api.store_sqlite_values import table_of
+from foreshock.api.store_sqlite_writing import (
+    doubt_rollups,
+    drop_replaced,
+    insert,
+    note,
+    remove,
+)
 from foreshock.api.store_watch import Watch
 from foreshock.monitor.record import ROLES
 from foreshock.monitor.record.schema import EVENT_TYPE
@@ -74,26 +88,15 @@ _TENSORS: Final = pa.schema(
         ),
     ]
 )
-_BUCKETS: Final = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("low", pa.float64()),
-        ("mean", pa.float64()),
-        ("high", pa.float64()),
-        ("nonfinite", pa.int64()),
-        ("odd", pa.float64()),
-    ]
-)
-_CELLS: Final = pa.schema(
-    [("layer", pa.int64()), ("bucket", pa.int64()), ("value", pa.float64()), ("odd", pa.float64())]
-)
 # Virtual-machine steps between two looks at the clock.
 _LOOK_EVERY: Final = 20_000
 _DAY: Final = 86_400
+# Tensor rows rolled up at a time: they pass through Python, and other threads wait.
+_PIECE_ROWS: Final = 20_000
 _SWEEP_SECONDS: Final = 3600.0
 
 
-class SqliteStore(Store):
+class SqliteStore(RolledReads):
     """Tables of facts and of risk in one file.
 
     Args:
@@ -102,6 +105,7 @@ class SqliteStore(Store):
         limits: What one query may cost; memory is not limited.
         fsync: Whether facts are synced to disk before `append` returns.
         retention_days: Facts received longer ago are deleted; 0 keeps them.
+        rollup_retention_days: Rollups made longer ago are deleted; 0 keeps them.
 
     Raises:
         StoreError: The file cannot be used.
@@ -115,12 +119,14 @@ class SqliteStore(Store):
         limits: Limits | None = None,
         fsync: bool = True,
         retention_days: int = 0,
+        rollup_retention_days: int = 0,
     ) -> None:
+        super().__init__(layer_names, _PIECE_ROWS)
         self._path = path
-        self._layer_names = layer_names
         self._limits = limits or Limits()
         self._fsync = fsync
         self._retention_days = retention_days
+        self._rollup_retention_days = rollup_retention_days
         self._watch = Watch(self._limits.seconds)
         self._lock = threading.Lock()
         self._connections: list[sqlite3.Connection] = []
@@ -196,11 +202,11 @@ class SqliteStore(Store):
         with self._transaction() as writer:
             for group in groups:
                 for table, rows in group.items():
-                    _insert(writer, table, rows)
-                _note(writer, group, now)
-        if self._retention_days and time.monotonic() - self._swept_at > _SWEEP_SECONDS:
+                    insert(writer, table, rows)
+                note(writer, group, now)
+        if time.monotonic() - self._swept_at > _SWEEP_SECONDS:
             self._swept_at = time.monotonic()
-            self._drop_before(now - self._retention_days * _DAY)
+            self._drop_old(now)
 
     def discard_after(self, commit: int) -> int:
         """Remove facts of batches that were never acknowledged.
@@ -215,18 +221,25 @@ class SqliteStore(Store):
             StoreError: It failed; call again before anything is appended.
         """
         with self._transaction() as writer:
-            removed = _remove(writer, "ver > ?", commit)
+            removed = remove(writer, "ver > ?", commit)
+            doubt_rollups(writer, commit + 1)
             writer.execute("DELETE FROM vocabulary WHERE ver > ?", (commit,))
         return removed
 
     def discard_between(self, first: int, last: int) -> int:
         """`discard_after` for the batches of these numbers, ends included; others may append."""
         with self._transaction() as writer:
-            return _remove(writer, "ver BETWEEN ? AND ?", first, last)
+            doubt_rollups(writer, first)
+            return remove(writer, "ver BETWEEN ? AND ?", first, last)
 
-    def _drop_before(self, received: int) -> None:
+    def _drop_old(self, now: int) -> None:
         with self._transaction() as writer:
-            _remove(writer, "received < ?", received)
+            if self._retention_days:
+                remove(writer, "received < ?", now - self._retention_days * _DAY)
+            if self._rollup_retention_days:
+                before = now - self._rollup_retention_days * _DAY
+                for table in ROLLUP_TABLES:
+                    writer.execute(f"DELETE FROM {table} WHERE received < ?", (before,))
 
     def backup(self, folder: Path) -> None:
         """Write a copy of the file into a new folder.
@@ -255,8 +268,8 @@ class SqliteStore(Store):
         Raises:
             StoreError: It failed, and nothing was removed.
         """
-        with self._transaction() as writer:
-            for table in (*FACT_TABLES, "risk", "appended", "vocabulary"):
+        with self._rolling, self._transaction() as writer:
+            for table in (*FACT_TABLES, "risk", *ROLLUP_TABLES, "appended", "vocabulary"):
                 writer.execute(f"DELETE FROM {table} WHERE run_id = ?", (run_id,))
 
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
@@ -270,7 +283,7 @@ class SqliteStore(Store):
         version = time.time_ns()
         with self._transaction() as writer:
             for run_id, attempt, table in groups:
-                _insert(writer, "risk", risk_rows(run_id, attempt, version, table))
+                insert(writer, "risk", risk_rows(run_id, attempt, version, table))
 
     # Reading
 
@@ -367,39 +380,67 @@ class SqliteStore(Store):
             found[table] = int(self._read(f"SELECT count(*) FROM ({rows})", {"run": run_id})[0][0])
         return found
 
-    def scalar_series(self, view: View, name: str, points: int) -> Series:
-        """One scalar in at most `points` buckets of equal width in steps."""
-        return self._series(view, scalar_series_sql(view), {"name": name}, points)
+    # For series and heatmaps
 
-    def tensor_series(self, view: View, key: SeriesKey, points: int) -> Series:
-        """One statistic of one tensor in at most `points` buckets of equal width in steps."""
-        return self._series(view, tensor_series_sql(view, key), key.parameters, points)
+    def _rolled_bounds(self, view: View) -> tuple[int, int] | None:
+        ((low, high),) = self._read(rolled_bounds_sql(view), view.parameters)
+        return None if low is None else (int(low), int(high))
 
-    def _series(self, view: View, sql: str, values: Mapping[str, Any], points: int) -> Series:
-        bounds = self.bounds(view)
-        if bounds is None:
-            return series(None)
-        given = within(view, bounds).parameters | dict(values)
-        given |= {"origin": bounds[0], "width": bucket_width(bounds, points)}
-        return series(table_of(self._read(sql, given), _BUCKETS))
-
-    def heatmap(
-        self, view: View, role: str, statistic: str, points: int, number_format: str | None = None
-    ) -> Heatmap:
-        """The worst value per layer and bucket, over calls and experts; layers in stored order."""
-        bounds = self.bounds(view)
-        if bounds is None:
-            return Heatmap(steps=(), values={})
-        width = bucket_width(bounds, points)
-        given = within(view, bounds).parameters | {"role": role, "format": number_format}
-        given |= {"origin": bounds[0], "width": width}
-        smallest = statistic in SMALLEST_IS_WORST
-        sql = heatmap_sql(
-            view, statistic, smallest=smallest, format_given=number_format is not None
+    def _blocks(self, view: View) -> tuple[pa.Table, pa.Table]:
+        rolled = self._read(rolled_blocks_sql(view), view.parameters)
+        return table_of(rolled, ROLLED_BLOCKS), table_of(
+            self._read(blocks_sql(view), view.parameters), BLOCKS
         )
-        rows = table_of(self._read(sql, given), _CELLS)
-        steps = tuple(range(bounds[0], bounds[1] + 1, width))
-        return Heatmap(steps=steps, values=grid(rows, self._layer_names(view.run_id), len(steps)))
+
+    def _scalar_buckets(self, view: View, values: Mapping[str, Any]) -> pa.Table:
+        sql = scalar_series_sql(view)
+        return table_of(self._read(sql, {**view.parameters, **values}), BUCKETS)
+
+    def _tensor_buckets(self, view: View, key: SeriesKey, values: Mapping[str, Any]) -> pa.Table:
+        sql = tensor_series_sql(view, key)
+        return table_of(self._read(sql, {**view.parameters, **values}), BUCKETS)
+
+    def _cells(self, view: View, statistic: str, values: Mapping[str, Any]) -> pa.Table:
+        sql = heatmap_sql(
+            view,
+            statistic,
+            smallest=statistic in SMALLEST_IS_WORST,
+            format_given=values["format"] is not None,
+        )
+        return table_of(self._read(sql, {**view.parameters, **values}), CELLS)
+
+    def _rolled_buckets(
+        self, run_id: str, stretches: Sequence[Stretch], values: Mapping[str, Any]
+    ) -> pa.Table:
+        sql = rolled_series_sql(format_given="format" in values)
+        given = {"run": run_id, "stretches": _listed(stretches), **values}
+        return table_of(self._read(sql, given), BUCKETS)
+
+    def _rolled_cells(
+        self, run_id: str, stretches: Sequence[Stretch], values: Mapping[str, Any]
+    ) -> pa.Table:
+        smallest = values["name"] in SMALLEST_IS_WORST
+        sql = rolled_heatmap_sql(smallest=smallest, format_given=values["format"] is not None)
+        given = {"run": run_id, "stretches": _listed(stretches), **values}
+        return table_of(self._read(sql, given), CELLS)
+
+    # Rollups
+
+    def _to_roll(self, table: str, rows: RowsToRoll, layers: tuple[int, int]) -> pa.Table:
+        sql, schema = rows_to_roll_sql()[table]
+        given = rows.parameters | {"low": layers[0], "high": layers[1]}
+        return table_of(self._read(sql, given), schema)
+
+    def _keep_rollups(self, table: str, rows: pa.Table) -> None:
+        now = pa.repeat(pa.scalar(int(time.time())), rows.num_rows)
+        with self._transaction() as writer:
+            insert(writer, table, rows.append_column("received", now))
+            if table == "steps_64":
+                drop_replaced(writer, rows)
+
+
+def _listed(stretches: Sequence[Stretch]) -> str:
+    return json.dumps([[each.attempt, each.first, each.last] for each in stretches])
 
 
 def copy_sqlite(source: Path, target: Path) -> None:
@@ -410,59 +451,3 @@ def copy_sqlite(source: Path, target: Path) -> None:
     """
     with closing(sqlite3.connect(source)) as original, closing(sqlite3.connect(target)) as copy:
         original.backup(copy)
-
-
-def _insert(writer: sqlite3.Connection, table: str, rows: pa.Table) -> None:
-    names = ("run_id", *KEYS[table], "ver", *COLUMNS[table])
-    columns = columns_of(rows, names)
-    marks = ", ".join("?" * len(names))
-    writer.executemany(
-        f"INSERT OR REPLACE INTO {table} ({', '.join(names)}) VALUES ({marks})",
-        zip(*columns, strict=True),
-    )
-
-
-# What `vocabulary` remembers: table, column, and what its words are.
-_WORDS: Final = (
-    ("scalars", "name", "scalar"),
-    ("tensor_stats", "role", "role"),
-    ("tensor_stats", "format", "format"),
-)
-
-
-def _note(writer: sqlite3.Connection, group: Mapping[str, pa.Table], now: int) -> None:
-    """Remember where a batch lies and which names it has."""
-    for rows in group.values():
-        span = pc.min_max(rows["step"])
-        writer.execute(
-            "INSERT INTO appended VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
-            " first_step = min(first_step, excluded.first_step),"
-            " last_step = max(last_step, excluded.last_step)",
-            (*_owner(rows), span["min"].as_py(), span["max"].as_py(), now),
-        )
-    for table, column, what in _WORDS:
-        if table in group:
-            ver, run_id = _owner(group[table])
-            writer.executemany(
-                "INSERT OR IGNORE INTO vocabulary VALUES (?, ?, ?, ?)",
-                [(run_id, what, word, ver) for word in pc.unique(group[table][column]).to_pylist()],
-            )
-
-
-def _owner(rows: pa.Table) -> tuple[int, str]:
-    return rows["ver"][0].as_py(), rows["run_id"][0].as_py()
-
-
-def _remove(writer: sqlite3.Connection, which: str, *values: int) -> int:
-    batches = writer.execute(
-        f"SELECT ver, run_id, first_step, last_step FROM appended WHERE {which}", values
-    ).fetchall()
-    removed = 0
-    for ver, run_id, first, last in batches:
-        for table in FACT_TABLES:
-            removed += writer.execute(
-                f"DELETE FROM {table} WHERE run_id = ? AND step BETWEEN ? AND ? AND ver = ?",
-                (run_id, first, last, ver),
-            ).rowcount
-    writer.execute(f"DELETE FROM appended WHERE {which}", values)
-    return removed

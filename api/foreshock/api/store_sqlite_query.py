@@ -83,7 +83,7 @@ def _buckets(inner: str) -> str:
     finite = f"CASE WHEN {_FINITE} THEN v END"
     return (
         f"SELECT min(s), min({finite}), avg({finite}), max({finite}),"
-        f" count(*) - count({finite}), {_ODD}"
+        f" count(*) - count({finite}), {_ODD}, count({finite}), (s - :origin) / :width"
         f" FROM ({inner}) WHERE v IS NOT NULL GROUP BY (s - :origin) / :width ORDER BY 1"
     )
 
@@ -100,8 +100,9 @@ def scalar_series_sql(view: View) -> str:
 def tensor_series_sql(view: View, key: SeriesKey) -> str:
     """Buckets of one statistic of one tensor; placeholders of view and key, origin, width."""
     which = "t.what_if = 0" if key.format is None else "t.format = :format"
-    # The newest batch, then what the run used before what-if, then the last granularity by name.
-    rank = "printf('%020d %d %s', t.ver, 1 - t.what_if, t.granularity)"
+    # The newest batch, then what the run used before what-if, then the last granularity by name,
+    # then the last format.
+    rank = "printf('%020d %d %s %s', t.ver, 1 - t.what_if, t.granularity, t.format)"
     return _buckets(
         f"SELECT p.step AS s, t.{_checked(key.statistic)} AS v, max({rank})"
         f" FROM ({_picked(view)}) AS p CROSS JOIN tensor_stats AS t"

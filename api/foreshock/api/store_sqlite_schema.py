@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from foreshock.api.store_schema import FACT_TABLES, RISK_SCHEMA, STORED_TENSOR_FIELDS
+from foreshock.api.store_schema import (
+    FACT_TABLES,
+    RISK_SCHEMA,
+    ROLLUP_TABLES,
+    STORED_TENSOR_FIELDS,
+)
 from foreshock.monitor.record.schema import EVENT_TYPE
 
 __all__ = ["COLUMNS", "KEYS", "ddl", "missing_columns"]
@@ -24,6 +29,8 @@ _TENSOR_KEY: Final = (
     "granularity",
 )
 
+_TENSOR_KEY_OF_ROLLUPS: Final = tuple(name for name in _TENSOR_KEY if name != "role")
+
 KEYS: Final[dict[str, tuple[str, ...]]] = {
     "steps": ("step", "attempt"),
     "scalars": ("step", "name", "attempt"),
@@ -31,6 +38,9 @@ KEYS: Final[dict[str, tuple[str, ...]]] = {
     # By step first: a window is one range, and a series one look-up per step.
     "tensor_stats": ("step", *_TENSOR_KEY, "attempt"),
     "risk": ("step", "horizon", "attempt"),
+    # One statistic of one tensor over the whole run lies together.
+    "values_64": ("name", "role", *_TENSOR_KEY_OF_ROLLUPS, "picked", "attempt", "block"),
+    "steps_64": ("attempt", "block"),
 }
 """What a row is known by within its run, in the order it is stored."""
 
@@ -40,13 +50,32 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "events": tuple(field.name for field in EVENT_TYPE),
     "tensor_stats": tuple(f.name for f in STORED_TENSOR_FIELDS if f.name not in _TENSOR_KEY),
     "risk": tuple(name for name in RISK_SCHEMA.names if name not in ("step", "horizon")),
+    "values_64": (
+        "first_step",
+        "finite",
+        "smallest",
+        "average",
+        "largest",
+        "others",
+        "other",
+        "received",
+    ),
+    "steps_64": (
+        "facts",
+        "versions",
+        "newest",
+        "held",
+        "first_step",
+        "last_step",
+        "received",
+    ),
 }
 """What else stands in a row."""
 
 
 def ddl() -> list[str]:
     """Statements that make the tables; safe to run again."""
-    return [_create(table) for table in (*FACT_TABLES, "risk")] + [
+    return [_create(table) for table in (*FACT_TABLES, "risk", *ROLLUP_TABLES)] + [
         # What was appended, so that what was not acknowledged is found without a scan.
         "CREATE TABLE IF NOT EXISTS appended (ver INTEGER NOT NULL, run_id TEXT NOT NULL,"
         " first_step INTEGER NOT NULL, last_step INTEGER NOT NULL, received INTEGER NOT NULL,"

@@ -49,6 +49,9 @@ def serve(
     retention_days: Annotated[
         int | None, typer.Option(help="Delete older records; 0 = keep.")
     ] = None,
+    rollup_retention_days: Annotated[
+        int | None, typer.Option(help="Delete older rollups; 0 = keep.")
+    ] = None,
     port_file: Annotated[
         Path | None, typer.Option(help="Write the port here once the service answers.")
     ] = None,
@@ -70,6 +73,7 @@ def serve(
         "alert_urls": tuple(alert_url) if alert_url else None,
         "alertmanager_urls": tuple(alertmanager_url) if alertmanager_url else None,
         "retention_days": retention_days,
+        "rollup_retention_days": rollup_retention_days,
     }
     try:
         settings = Settings.from_environment(os.environ, overrides)

@@ -186,8 +186,9 @@ def test_rollups_say_what_the_rows_say(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @given(HISTORY, st.sampled_from(POINTS), STATISTIC, FORMATS)
-@settings(max_examples=300, phases=PHASES)
+@settings(max_examples=60, phases=PHASES)
 def test_rollups_say_what_the_rows_say_often(
     bench: Bench, history: list[Any], points: int, statistic: str, form: str | None
 ) -> None:

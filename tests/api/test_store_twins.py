@@ -228,8 +228,9 @@ def test_both_stores_answer_every_read_alike(twins: Twins, writes: list[Write], 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @given(WRITES, ASKS)
-@settings(max_examples=300, phases=PHASES)
+@settings(max_examples=60, phases=PHASES)
 def test_both_stores_answer_every_read_alike_often(
     twins: Twins, writes: list[Write], ask: Ask
 ) -> None:

@@ -85,6 +85,9 @@ def test_series_and_heatmap(client: Client) -> None:
     assert heatmap.layers[0] == LAYER
     assert heatmap.values.shape == (len(heatmap.layers), len(heatmap.steps))
     assert heatmap.frame().loc[LAYER, 5] == 4.0
+    tensors = client.tensors("llama", "kurtosis", limit=3)
+    assert tensors["kurtosis"].tolist() == [10.0, 9.0, 8.0]
+    assert tensors["step"].tolist() == [STEPS - 1] * 3
 
 
 def test_records_are_those_that_were_put(client: Client, tmp_path: Path) -> None:

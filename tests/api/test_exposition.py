@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import pytest
 from prometheus_client.exposition import generate_latest
@@ -48,6 +49,7 @@ def exposed(
         runs=lambda: readings,
         firing=lambda: firing,
         gauges=lambda: {"foreshock_live_runs": len(readings)},
+        info={"version": "1.2", "url": "https://watch.example"},
     )
     return generate_latest(registry).decode()
 
@@ -77,6 +79,22 @@ def test_values_are_those_of_the_newest_record() -> None:
     assert samples(text, "foreshock_fp8_headroom_log2") == {("input",): -4.0}
     # Not measured is absent, not zero.
     assert samples(text, "foreshock_fp8_overflow_ratio") == {}
+
+
+def test_what_is_at_stake_is_told_from_the_last_checkpoint() -> None:
+    early = exposed(replace(reading(), safe_since=reading().time - 90))
+    assert samples(early, "foreshock_at_risk_seconds") == {(): 90.0}
+    assert samples(early, "foreshock_last_checkpoint_timestamp_seconds") == {}
+    saved = reading().time - 30
+    text = exposed(replace(reading(), safe_since=saved, checkpoint=saved))
+    assert samples(text, "foreshock_at_risk_seconds") == {(): 30.0}
+    assert samples(text, "foreshock_last_checkpoint_timestamp_seconds") == {(): saved}
+    assert samples(text, "foreshock_expected_lead_steps") == {(): 40.0}
+
+
+def test_the_service_says_what_it_is_and_where() -> None:
+    line = 'foreshock_service_info{url="https://watch.example",version="1.2"} 1.0'
+    assert line in exposed().splitlines()
 
 
 def test_layers_are_the_worst_few_and_leave_when_they_are_not() -> None:

@@ -21,6 +21,7 @@ READS = (
     "series?name=loss",
     f"series?layer={LAYERS[0]}&statistic=amax",
     "heatmap?statistic=amax",
+    "tensors?statistic=amax",
     "records",
     "risk/history",
     "diagnosis",
@@ -62,7 +63,7 @@ def table(answer: httpx.Response) -> pa.Table:
 
 
 def test_tables_say_the_same_in_every_form(subject: Subject) -> None:
-    for what in READS[:5]:
+    for what in READS[:6]:
         mark = "&" if "?" in what else "?"
         arrow = table(subject.get(what, Accept=ARROW))
         parquet = table(subject.get(f"{what}{mark}as=parquet"))
@@ -153,7 +154,7 @@ def test_a_table_of_nothing_is_a_table(served: Service) -> None:
     with served.client() as client:
         launch = new_launch()
         run_id = post_run(client, f"empty-{launch[:8]}", launch)["run_id"]
-        for what in READS[:5]:
+        for what in READS[:6]:
             if "layer" in what:
                 continue
             mark = "&" if "?" in what else "?"

@@ -40,6 +40,7 @@ from foreshock.api.routes import (
     risk,
     runs,
     series,
+    tensors,
     tokens,
 )
 from foreshock.api.services import Latest, Live, Services
@@ -151,7 +152,7 @@ def _on_database_error(_: Request, error: Exception) -> Response:
 
 def _api_router() -> APIRouter:
     router = APIRouter(prefix="/api/v1", dependencies=[DECLARED])
-    stored = (runs, batches, series, heatmap, records)
+    stored = (runs, batches, series, heatmap, tensors, records)
     for module in (
         *stored,
         risk,

@@ -201,6 +201,20 @@ EXAMPLES: Final[Mapping[str, dict[str, Any]]] = {
         "values": [[3.1, None]],
         "worst": "max",
     },
+    "TensorsBody": {
+        "step": 4120,
+        "worst": "max",
+        "tensors": [
+            {
+                "layer": "blocks.3.mlp.down",
+                "role": "input",
+                "format": "e4m3",
+                "what_if": False,
+                "kurtosis": 58.0,
+                "top_channel": 17,
+            }
+        ],
+    },
     "RiskAnswer": _RISK
     | {
         "run_id": _RUN_ID,

@@ -1,8 +1,7 @@
 """`/metrics`: the live runs and the service itself, read at scrape time.
 
-The one place where metrics are named; dashboards and rules import `METRICS` from here. Keeps the
-number of series bounded: per run and role the worst layer, and a few layers by name. The full
-detail is the API's, not Prometheus's.
+Their names stand in `metric_names.py`. Keeps the number of series bounded: per run and role the
+worst layer, and a few layers by name. The full detail is the API's, not Prometheus's.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 from prometheus_client.core import (
@@ -22,9 +21,20 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.samples import Sample
 
 from foreshock.api.alert_log import AlertKind
 from foreshock.api.columns import TensorLayout
+from foreshock.api.metric_names import (
+    LAYER_METRICS,
+    LAYER_STATISTICS,
+    METRICS,
+    RUN_METRICS,
+    SERVICE_METRICS,
+    TOP_LAYERS,
+    WORST_METRICS,
+    MetricSpec,
+)
 from foreshock.api.silence import RunState
 from foreshock.monitor.record import Risk, StatisticColumns
 
@@ -39,176 +49,17 @@ __all__ = [
     "metrics_registry",
 ]
 
-MetricKind = Literal["gauge", "counter", "histogram"]
 FiringAlert = tuple[str, str, AlertKind]
 """Project, run and kind of an alert that is firing."""
 
 ALERT_KINDS: Final[tuple[AlertKind, ...]] = ("forecast", "detection", "silence")
-
-TOP_LAYERS: Final = 5
-"""Layers by name per run, role and statistic."""
 
 MOST_RUNS: Final = 500
 """Runs exposed at once, the most recently active ones."""
 
 SCORING_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 
-
-@dataclass(frozen=True, slots=True)
-class MetricSpec:
-    """One metric.
-
-    Attributes:
-        name: As it stands in PromQL.
-        kind: gauge, counter or histogram.
-        help: One line.
-        labels: Label names.
-    """
-
-    name: str
-    kind: MetricKind
-    help: str
-    labels: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class LayerStatistic:
-    """A statistic of tensors that is exposed.
-
-    Attributes:
-        statistic: Its name in the record.
-        suffix: Its name in metrics, after `foreshock_` or `foreshock_layer_`.
-        worst: Which end is bad.
-        meaning: For the help text.
-    """
-
-    statistic: str
-    suffix: str
-    worst: Literal["largest", "smallest"]
-    meaning: str
-
-
-LAYER_STATISTICS: Final = (
-    LayerStatistic(
-        "underflow_ratio", "fp8_underflow_ratio", "largest", "Share of elements flushed to zero"
-    ),
-    LayerStatistic(
-        "overflow_ratio", "fp8_overflow_ratio", "largest", "Share of elements beyond the format"
-    ),
-    LayerStatistic(
-        "headroom_log2", "fp8_headroom_log2", "smallest", "Binades left above the largest element"
-    ),
-    LayerStatistic("kurtosis", "kurtosis", "largest", "Kurtosis about zero, Gaussian is 3"),
-    LayerStatistic("amax", "amax", "largest", "Largest magnitude"),
-)
-
-_RUN: Final = ("project", "run")
-
-_RUN_METRICS: Final = (
-    MetricSpec(
-        "foreshock_divergence_risk_ratio",
-        "gauge",
-        "Probability that the loss starts to diverge within so many steps",
-        (*_RUN, "horizon"),
-    ),
-    MetricSpec("foreshock_loss", "gauge", "Training loss of the newest step", _RUN),
-    MetricSpec("foreshock_gradient_norm", "gauge", "Gradient norm before clipping", _RUN),
-    MetricSpec("foreshock_learning_rate", "gauge", "Learning rate of the newest step", _RUN),
-    MetricSpec("foreshock_step", "gauge", "Newest optimizer step", _RUN),
-    MetricSpec("foreshock_step_seconds", "gauge", "Duration of the newest step", _RUN),
-    MetricSpec(
-        "foreshock_last_record_timestamp_seconds", "gauge", "When the newest step ended", _RUN
-    ),
-    MetricSpec(
-        "foreshock_last_received_timestamp_seconds",
-        "gauge",
-        "When the run was heard of last, on the service's clock",
-        _RUN,
-    ),
-    MetricSpec(
-        "foreshock_clock_skew_seconds",
-        "gauge",
-        "How far the run's clock is behind the service's; late delivery looks like it",
-        _RUN,
-    ),
-    MetricSpec(
-        "foreshock_run_state",
-        "gauge",
-        "1 for what the run is doing (live, stale, finished), 0 for the others",
-        (*_RUN, "state"),
-    ),
-    MetricSpec(
-        "foreshock_monitor_overhead_ratio", "gauge", "Share of step time spent monitoring", _RUN
-    ),
-    MetricSpec(
-        "foreshock_alert_state",
-        "gauge",
-        "1 for the state the run's alert is in, 0 for the others",
-        (*_RUN, "state"),
-    ),
-    MetricSpec(
-        "foreshock_alert_firing",
-        "gauge",
-        "1 while the run's alert of this kind (forecast, detection, silence) is firing",
-        (*_RUN, "kind"),
-    ),
-    MetricSpec(
-        "foreshock_records_dropped_total",
-        "counter",
-        "Records the run's monitor had to drop, as it reported them",
-        _RUN,
-    ),
-)
-
-_WORST_METRICS: Final = tuple(
-    MetricSpec(
-        f"foreshock_{known.suffix}", "gauge", f"{known.meaning}, worst layer", (*_RUN, "role")
-    )
-    for known in LAYER_STATISTICS
-)
-
-_LAYER_METRICS: Final = tuple(
-    MetricSpec(
-        f"foreshock_layer_{known.suffix}",
-        "gauge",
-        f"{known.meaning}, the {TOP_LAYERS} worst layers",
-        (*_RUN, "role", "layer"),
-    )
-    for known in LAYER_STATISTICS
-)
-
-_SERVICE_METRICS: Final = (
-    MetricSpec("foreshock_live_runs", "gauge", "Runs in the memory of the live analysis"),
-    MetricSpec("foreshock_event_readers", "gauge", "Readers of the event stream"),
-    MetricSpec("foreshock_scoring_queue_length", "gauge", "Batches waiting to be scored"),
-    MetricSpec("foreshock_ingest_batches_total", "counter", "Batches made durable"),
-    MetricSpec("foreshock_ingest_records_total", "counter", "Records made durable"),
-    MetricSpec("foreshock_ingest_tensors_total", "counter", "Tensor rows made durable"),
-    MetricSpec("foreshock_scored_records_total", "counter", "Records scored"),
-    MetricSpec(
-        "foreshock_late_records_total",
-        "counter",
-        "Records that came after a later step had been scored; stored, not scored",
-    ),
-    MetricSpec(
-        "foreshock_analysis_rereads_total",
-        "counter",
-        "Times a run was read again from the store because the queue was full",
-    ),
-    MetricSpec("foreshock_analysis_errors_total", "counter", "Failures of the live analysis"),
-    MetricSpec("foreshock_scoring_seconds", "histogram", "Time to score one record"),
-    MetricSpec(
-        "foreshock_alert_deliveries_total",
-        "counter",
-        "Tries to deliver an alert",
-        ("channel", "outcome"),
-    ),
-)
-
-METRICS: Final[Mapping[str, MetricSpec]] = {
-    spec.name: spec for spec in (*_RUN_METRICS, *_WORST_METRICS, *_LAYER_METRICS, *_SERVICE_METRICS)
-}
-"""Every metric of the service, by name."""
+_INFO: Final = "foreshock_service_info"
 
 _STATES: Final[tuple[RunState, ...]] = ("live", "stale", "finished")
 
@@ -238,6 +89,9 @@ class RunReading:
         state: What the run is doing; None if it is not watched.
         received: When it was heard of last, seconds since 1970 on the service's clock.
         clock_skew: Seconds its clock is behind.
+        safe_since: When the last checkpoint seen was saved, or the first record, seconds since 1970
+            on the run's clock; None if not known.
+        checkpoint: When the last checkpoint seen was saved, likewise; None if there was none.
     """
 
     project: str
@@ -252,6 +106,8 @@ class RunReading:
     state: RunState | None = None
     received: float | None = None
     clock_skew: float | None = None
+    safe_since: float | None = None
+    checkpoint: float | None = None
 
 
 @dataclass(slots=True)
@@ -308,7 +164,7 @@ class ServiceTally:
             counts = dict(self._counts)
             tries = dict(self._deliveries)
             buckets, total = list(self._scoring.counts), self._scoring.total
-        for spec in _SERVICE_METRICS:
+        for spec in SERVICE_METRICS:
             if spec.kind == "counter" and not spec.labels:
                 yield _family(spec, [((), counts.get(spec.name, 0))])
         yield _family(METRICS["foreshock_alert_deliveries_total"], list(tries.items()))
@@ -329,6 +185,7 @@ def metrics_registry(
     runs: Callable[[], Sequence[RunReading]],
     firing: Callable[[], Collection[FiringAlert]],
     gauges: Callable[[], Mapping[str, float]],
+    info: Mapping[str, str] | None = None,
 ) -> CollectorRegistry:
     """A registry of its own (no process-wide one) that reads at scrape time.
 
@@ -337,9 +194,10 @@ def metrics_registry(
         runs: Gives the live runs, the most recently active first.
         firing: Gives the alerts that are firing now, of live runs and of others.
         gauges: Gives the service's gauges by metric name.
+        info: Labels of `foreshock_service_info`: version and url; None leaves it out.
     """
     registry = CollectorRegistry()
-    registry.register(_Exposition(tally, runs, firing, gauges))
+    registry.register(_Exposition(tally, runs, firing, gauges, info))
     return registry
 
 
@@ -349,7 +207,7 @@ def metrics_of(registry: CollectorRegistry, projects: Collection[str] | None) ->
     Args:
         registry: All of them.
         projects: Names; None = all. The service's own metrics belong to no project and are left
-            out: their sums would tell of runs elsewhere.
+            out, for their sums would tell of runs elsewhere; what it is and where stays.
     """
     if projects is None:
         return registry
@@ -370,11 +228,14 @@ class _OfProjects(Collector):
     def collect(self) -> Iterator[Metric]:
         """One scrape."""
         for family in self._registry.collect():
-            samples = [s for s in family.samples if s.labels.get("project") in self._projects]
+            samples = [s for s in family.samples if self._shows(s)]
             if samples:
                 kept = Metric(family.name, family.documentation, family.type, family.unit)
                 kept.samples = samples
                 yield kept
+
+    def _shows(self, sample: Sample) -> bool:
+        return sample.name == _INFO or sample.labels.get("project") in self._projects
 
 
 class _Exposition(Collector):
@@ -384,11 +245,13 @@ class _Exposition(Collector):
         runs: Callable[[], Sequence[RunReading]],
         firing: Callable[[], Collection[FiringAlert]],
         gauges: Callable[[], Mapping[str, float]],
+        info: Mapping[str, str] | None,
     ) -> None:
         self._tally = tally
         self._runs = runs
         self._firing = firing
         self._gauges = gauges
+        self._info = info
 
     def describe(self) -> Iterable[Metric]:
         """Names only: registering must not read anything."""
@@ -402,10 +265,13 @@ class _Exposition(Collector):
             for name, names, value in _run_samples(reading):
                 samples.setdefault(name, []).append(((reading.project, reading.run, *names), value))
         samples["foreshock_alert_firing"] = self._firing_samples(readings)
-        for spec in (*_RUN_METRICS, *_WORST_METRICS, *_LAYER_METRICS):
+        for spec in (*RUN_METRICS, *WORST_METRICS, *LAYER_METRICS):
             yield _family(spec, samples.get(spec.name, []))
         for name, value in self._gauges().items():
             yield _family(METRICS[name], [((), value)])
+        if self._info is not None:
+            spec = METRICS[_INFO]
+            yield _family(spec, [(tuple(self._info[label] for label in spec.labels), 1.0)])
         yield from self._tally.families()
 
     def _firing_samples(self, readings: Sequence[RunReading]) -> list[_Sample]:
@@ -435,6 +301,7 @@ def _run_samples(reading: RunReading) -> Iterator[tuple[str, tuple[str, ...], fl
     yield "foreshock_last_record_timestamp_seconds", (), reading.time
     yield "foreshock_records_dropped_total", (), reading.dropped
     yield from _presence_samples(reading)
+    yield from _stake_samples(reading)
     for name, scalar in _SCALAR_METRICS.items():
         if scalar in reading.scalars:
             yield name, (), reading.scalars[scalar]
@@ -446,6 +313,15 @@ def _run_samples(reading: RunReading) -> Iterator[tuple[str, tuple[str, ...], fl
             yield "foreshock_alert_state", (state,), float(reading.risk.state == state)
     if reading.layout is not None and reading.statistics is not None:
         yield from _tensor_samples(reading.layout, reading.statistics)
+
+
+def _stake_samples(reading: RunReading) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    if reading.risk is not None and reading.risk.expected_lead is not None:
+        yield "foreshock_expected_lead_steps", (), reading.risk.expected_lead
+    if reading.safe_since is not None:
+        yield "foreshock_at_risk_seconds", (), max(reading.time - reading.safe_since, 0.0)
+    if reading.checkpoint is not None:
+        yield "foreshock_last_checkpoint_timestamp_seconds", (), reading.checkpoint
 
 
 def _presence_samples(reading: RunReading) -> Iterator[tuple[str, tuple[str, ...], float]]:

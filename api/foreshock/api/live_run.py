@@ -248,6 +248,8 @@ class RunAnalysis:
             dropped=newest.dropped,
             layout=None if measured is None else measured.layout,
             statistics=None if measured is None else measured.statistics,
+            safe_since=newest.safe_since.timestamp(),
+            checkpoint=None if newest.checkpoint is None else newest.checkpoint.timestamp(),
         )
 
 

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import version
 
 import pyarrow as pa
 
@@ -119,6 +120,7 @@ class LiveService:
             runs=self._analysis.readings,
             firing=self.log.firing,
             gauges=self._gauges,
+            info={"version": version("foreshock"), "url": settings.page_url},
         )
 
     def _shared_leases(self, settings: Settings, registry: Registry) -> RunLeases | None:

@@ -28,6 +28,7 @@ __all__ = [
     "RunDetail",
     "RunList",
     "SeriesBody",
+    "TensorsBody",
     "number",
     "numbers",
 ]
@@ -176,6 +177,16 @@ class HeatmapBody(_Body):
     steps: list[int] = Field(description="First step of each bucket.")
     values: list[list[Number]] = Field(description="One row per layer; null = not measured.")
     worst: Literal["min", "max"] = Field(description="Which end of the statistic is the bad one.")
+
+
+class TensorsBody(_Body):
+    """Tensors of one step, worst first."""
+
+    step: int | None = Field(description="When they were measured; null = never.")
+    worst: Literal["min", "max"] = Field(description="Which end of the statistic is the bad one.")
+    tensors: list[dict[str, str | bool | int | float | None]] = Field(
+        description="Identity, sizes and every statistic of each, as in a record."
+    )
 
 
 class Health(_Body):

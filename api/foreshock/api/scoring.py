@@ -122,6 +122,7 @@ class Newest:
         step_seconds: Median of the recent steps; None if not measured.
         steps_per_record: Usual distance of two records, in steps.
         safe_since: Time of the last checkpoint seen, or of the first record.
+        checkpoint: Time of the last checkpoint seen; None if there was none.
     """
 
     step: int
@@ -132,6 +133,7 @@ class Newest:
     step_seconds: float | None
     steps_per_record: int
     safe_since: datetime
+    checkpoint: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +169,8 @@ class _RunScoring:
         self._step_seconds: deque[float] = deque(maxlen=32)
         self._scalars: dict[str, float] = {}
         self._dropped, self._dropped_until = 0.0, -1
-        self._safe_since: datetime | None = None
+        self._first: datetime | None = None
+        self._checkpoint: datetime | None = None
         self._newest: tuple[ScoringRecord, Risk] | None = None
 
     def freeze(self) -> bytes:
@@ -204,9 +207,9 @@ class _RunScoring:
         if record.step > self._dropped_until:
             self._dropped += sum(_dropped(event) for event in record.events)
             self._dropped_until = record.step
-        checkpoint = any(event.kind == "checkpoint" for event in record.events)
-        if self._safe_since is None or checkpoint:
-            self._safe_since = record.time
+        self._first = self._first or record.time
+        if any(event.kind == "checkpoint" for event in record.events):
+            self._checkpoint = record.time
 
     @property
     def newest(self) -> Newest | None:
@@ -221,7 +224,8 @@ class _RunScoring:
             dropped=self._dropped,
             step_seconds=float(np.median(self._step_seconds)) if self._step_seconds else None,
             steps_per_record=int(np.median(self._gaps)) if self._gaps else 1,
-            safe_since=self._safe_since or record.time,
+            safe_since=self._checkpoint or self._first or record.time,
+            checkpoint=self._checkpoint,
         )
 
 

@@ -166,6 +166,12 @@ class Settings:
         """Where runs, ledger and alerts are kept."""
         return database_url(self.database, self.data_dir)
 
+    @property
+    def page_url(self) -> str:
+        """Where people reach the page: `public_url`, else where the service listens."""
+        scheme = "https" if self.tls_cert else "http"
+        return (self.public_url or f"{scheme}://{self.host}:{self.port}").rstrip("/")
+
     @classmethod
     def from_environment(
         cls, environment: Mapping[str, str], overrides: Mapping[str, object] | None = None

@@ -233,6 +233,25 @@ class Client(AccessCalls):
         given = {"statistic": statistic, "role": role, **query}
         return Heatmap.read(self._get(path_of(run, "/heatmap"), **given).json())
 
+    @operation("get_run_tensors")
+    def tensors(self, run: str, statistic: str, role: str = "input", **query: Any) -> pd.DataFrame:
+        """Tensors as they were measured last, worst first: identity, step and every statistic.
+
+        Args:
+            run: run_id, or the name.
+            statistic: What they are ordered by, e.g. kurtosis.
+            role: Of the tensors.
+            query: format, limit, first_step, last_step, attempt.
+
+        Raises:
+            MissingPackage: pandas is not installed.
+        """
+        given = {"statistic": statistic, "role": role, "as": "arrow", **query}
+        answer = self._get(path_of(run, "/tensors"), **given)
+        with pa.ipc.open_stream(answer.content) as reader:
+            made: pd.DataFrame = pandas().DataFrame(reader.read_all().to_pydict())
+        return made
+
     @operation("get_run_records")
     def record_batches(self, run: str, **query: Any) -> Iterator[pa.RecordBatch]:
         """Records as they come, in pieces of bounded size; arguments as for `records`."""

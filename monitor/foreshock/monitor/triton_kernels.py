@@ -14,6 +14,7 @@ from foreshock.monitor.triton_parts import (
     exact_total,
     fold,
     fold_least,
+    merged,
     ordinary_sums,
     rounded,
     total,
@@ -153,7 +154,10 @@ def accumulate_kernel(
             magnitude = tl.abs(loaded.to(tl.float32))
             if CODES:
                 overs += fold((magnitude == largest).to(tl.int32), FOLD)
-                normals += fold((magnitude >= smallest_normal).to(tl.int32), FOLD)
+                # What is no number is neither.
+                normals += fold(
+                    ((magnitude >= smallest_normal) & (magnitude <= largest)).to(tl.int32), FOLD
+                )
                 magnitude = magnitude * scale
             bits = magnitude.to(tl.int32, bitcast=True)
             top = tl.max(tl.max(bits, 1), 0)
@@ -223,18 +227,22 @@ def accumulate_kernel(
     if CHANNELS:
         place = channels_ptr + program * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
         tl.store(place, of_columns)
-    out = partials_ptr + program.to(tl.int64) * 16
-    tl.store(out + 0, (seen - broken).to(tl.float64))
-    tl.store(out + 1, broken.to(tl.float64))
-    tl.store(out + 2, nonzero.to(tl.float64))
-    tl.store(out + 3, two)
-    tl.store(out + 4, four)
-    tl.store(out + 5, most.to(tl.float32, bitcast=True).to(tl.float64))
-    tl.store(out + 6, least.to(tl.float64))
-    tl.store(out + 7, kept.to(tl.float64))
-    tl.store(out + 8, normal.to(tl.float64))
-    tl.store(out + 9, over.to(tl.float64))
-    tl.store(out + 10, error)
+    # Field by field, so that who merges them reads neighbours.
+    programs = tl.num_programs(0)
+    out = partials_ptr + program
+    tl.store(out, (seen - broken).to(tl.float64))
+    tl.store(out + programs, broken.to(tl.float64))
+    tl.store(out + 2 * programs, nonzero.to(tl.float64))
+    tl.store(out + 3 * programs, two)
+    tl.store(out + 4 * programs, four)
+    tl.store(out + 5 * programs, most.to(tl.float32, bitcast=True).to(tl.float64))
+    # 0 where there is no magnitude but zero; a smaller one gives more, 2^32 - its bits.
+    tl.store(out + 6 * programs, (0x7FFFFFFF - least.to(tl.int64)).to(tl.float64))
+    if SCALED:
+        tl.store(out + 7 * programs, kept.to(tl.float64))
+        tl.store(out + 8 * programs, normal.to(tl.float64))
+        tl.store(out + 9 * programs, over.to(tl.float64))
+        tl.store(out + 10 * programs, error)
     # Every store of this program before the count, every count before the last one's loads.
     tl.debug_barrier()
     finished = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
@@ -254,6 +262,7 @@ def accumulate_kernel(
             CODES,
             FRESH,
             SEQUENCES,
+            PTX,
             PARTIALS,
         )
 
@@ -273,6 +282,7 @@ def _finish(
     CODES: tl.constexpr,
     FRESH: tl.constexpr,
     SEQUENCES: tl.constexpr,
+    PTX: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):
     """All programs' sums, in a fixed order, into the row."""
@@ -280,36 +290,50 @@ def _finish(
     numel, broken, nonzero, two, four = zero, zero, zero, zero, zero
     amax, kept, normal, over, error = zero, zero, zero, zero, zero
     kurtosis, live = zero, zero
-    least = tl.full((), 2147483647.0, tl.float64)
+    low_all = zero
     lane = tl.arange(0, PARTIALS)
     inside = lane < each
+    programs = tl.num_programs(0)
+    nothing = tl.zeros((PARTIALS,), tl.float64)
     for sequence in range(0, sequences):
-        at = partials_ptr + (sequence * each + lane) * 16
-        n = tl.sum(tl.load(at, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-        s2 = tl.sum(tl.load(at + 3, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-        s4 = tl.sum(tl.load(at + 4, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+        at = partials_ptr + sequence * each + lane
+        of_cast = (nothing, nothing, nothing, nothing)
+        if SCALED:
+            of_cast = (
+                _field(at, 7 * programs, inside),
+                _field(at, 8 * programs, inside),
+                _field(at, 9 * programs, inside),
+                _field(at, 10 * programs, inside),
+            )
+        of_core = (
+            _field(at, 0, inside),
+            _field(at, programs, inside),
+            _field(at, 2 * programs, inside),
+            _field(at, 3 * programs, inside),
+            _field(at, 4 * programs, inside),
+            _field(at, 5 * programs, inside),
+            _field(at, 6 * programs, inside),
+        )
+        n, bad, some, s2, s4, keep, norm, above, miss, top, least = merged(
+            of_core, of_cast, SCALED, PTX
+        )
         numel += n
+        broken += bad
+        nonzero += some
         two += s2
         four += s4
-        broken += tl.sum(tl.load(at + 1, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-        nonzero += tl.sum(tl.load(at + 2, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-        amax = tl.maximum(
-            amax, tl.max(tl.load(at + 5, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-        )
-        least = tl.minimum(
-            least, tl.min(tl.load(at + 6, mask=inside, other=2147483647.0, cache_modifier=".cg"), 0)
-        )
-        if SCALED:
-            kept += tl.sum(tl.load(at + 7, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-            normal += tl.sum(tl.load(at + 8, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-            over += tl.sum(tl.load(at + 9, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-            error += tl.sum(tl.load(at + 10, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+        kept += keep
+        normal += norm
+        over += above
+        error += miss
+        amax = tl.maximum(amax, top)
+        low_all = tl.maximum(low_all, least)
         if SEQUENCES:
             live += tl.where(s2 > 0, 1.0, 0.0)
             kurtosis += tl.where(s2 > 0, n * s4 / tl.where(s2 > 0, s2 * s2, 1.0), 0.0)
     infinity = tl.full((), float("inf"), tl.float64)
-    smallest = (least.to(tl.int64) - 2147483647).to(tl.int32).to(tl.float32, bitcast=True)
-    smallest64 = tl.where(least == 2147483647.0, infinity, smallest.to(tl.float64))
+    smallest = (-low_all.to(tl.int64)).to(tl.int32).to(tl.float32, bitcast=True)
+    smallest64 = tl.where(low_all == 0, infinity, smallest.to(tl.float64))
     amax_found = tl.where(numel > 0, amax, -infinity)
     first = tl.where(broken > 0, tl.maximum(tl.load(control_ptr + 1), 0).to(tl.float64), infinity)
     flushed, low = zero, zero
@@ -347,6 +371,11 @@ def _finish(
         tl.store(row_ptr + 16, tl.maximum(tl.load(row_ptr + 16), log_high))
         tl.store(row_ptr + 17, tl.minimum(tl.load(row_ptr + 17), first))
     tl.store(counter_ptr, 0)
+
+
+@triton.jit
+def _field(at, offset, inside):
+    return tl.load(at + offset, mask=inside, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit

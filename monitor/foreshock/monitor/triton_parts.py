@@ -13,6 +13,7 @@ __all__ = [
     "exact_total",
     "fold",
     "fold_least",
+    "merged",
     "ordinary_sums",
     "rounded",
     "total",
@@ -242,8 +243,9 @@ def ordinary_sums(
             if ERROR:
                 miss = miss_of_cast(magnitude * scale, splitter, least_anchor)
                 error += miss * miss
-    top_half = tl.max(tl.max(tops.to(tl.int32), 1), 0)
-    low_half = tl.min(tl.min(lows.to(tl.int32), 1), 0)
+    two_all, four_all, error_all, some_all, kept_all, normal_all, top_half, low_half = _totals(
+        two, four, error, some, kept, normals, tops, lows, SCALED, ERROR, PTX
+    )
     low_bits = half_bits((low_half + 0x8001) & 0x7FFF, kind)
     most = half_bits(top_half, kind)
     top_value = most.to(tl.float32, bitcast=True)
@@ -262,17 +264,16 @@ def ordinary_sums(
     least = tl.where(low_half == 0x7FFF, 0x7FFFFFFF, low_bits + 0x7FFFFFFF)
     squared = unit * unit
     over = tl.zeros((), tl.int32)
-    kept_count = _count(kept)
     if CODES:
-        over = kept_count
+        over = kept_all
     return (
-        exact_total(two, False) * squared,
-        exact_total(four, False) * squared * squared,
-        exact_total(error, False) / (scale64 * scale64),
+        two_all * squared,
+        four_all * squared * squared,
+        error_all / (scale64 * scale64),
         tl.sum(two, 0).to(tl.float64) * squared,
-        _count(some),
-        kept_count,
-        _count(normals),
+        some_all,
+        kept_all,
+        normal_all,
         over,
         least,
         most,
@@ -281,5 +282,164 @@ def ordinary_sums(
 
 
 @triton.jit
-def _count(counts):
-    return tl.sum(tl.sum(counts.to(tl.int32) & 0xFFFF, 1), 0)
+def _totals(
+    two,
+    four,
+    error,
+    some,
+    kept,
+    normals,
+    tops,
+    lows,
+    SCALED: tl.constexpr,
+    ERROR: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """Over a program's tile: sums, counts, the largest and the least, in one reduction.
+
+    Apart, each would have its own round through the shuffles of a warp and the barriers between
+    warps, which is most of what a program's end takes. The interpreter calls a combining function
+    once per element, so it takes them apart.
+    """
+    some32 = some.to(tl.int32) & 0xFFFF
+    kept32 = kept.to(tl.int32) & 0xFFFF
+    normal32 = normals.to(tl.int32) & 0xFFFF
+    top32 = tops.to(tl.int32)
+    low32 = lows.to(tl.int32)
+    nothing = tl.zeros((), tl.float64)
+    none = tl.zeros((), tl.int32)
+    if TOGETHER:
+        twos = two.to(tl.float64)
+        fours = four.to(tl.float64)
+        if ERROR:
+            columns = tl.reduce(
+                (twos, fours, error.to(tl.float64), some32, kept32, normal32, top32, low32),
+                1,
+                _with_error,
+            )
+            return tl.reduce(columns, 0, _with_error)
+        elif SCALED:
+            columns = tl.reduce(
+                (twos, fours, some32, kept32, normal32, top32, low32), 1, _with_cast
+            )
+            a, b, c, d, e, f, g = tl.reduce(columns, 0, _with_cast)
+            return a, b, nothing, c, d, e, f, g
+        else:
+            columns = tl.reduce((twos, fours, some32, top32, low32), 1, _core)
+            a, b, c, d, e = tl.reduce(columns, 0, _core)
+            return a, b, nothing, c, none, none, d, e
+    else:
+        return (
+            exact_total(two, False),
+            exact_total(four, False),
+            exact_total(error, False),
+            total(some32, False),
+            total(kept32, False),
+            total(normal32, False),
+            tl.max(tl.max(top32, 1), 0),
+            tl.min(tl.min(low32, 1), 0),
+        )
+
+
+@triton.jit
+def _core(two, four, some, top, low, two2, four2, some2, top2, low2):
+    return two + two2, four + four2, some + some2, tl.maximum(top, top2), tl.minimum(low, low2)
+
+
+@triton.jit
+def _with_cast(
+    two, four, some, kept, normal, top, low, two2, four2, some2, kept2, normal2, top2, low2
+):
+    return (
+        two + two2,
+        four + four2,
+        some + some2,
+        kept + kept2,
+        normal + normal2,
+        tl.maximum(top, top2),
+        tl.minimum(low, low2),
+    )
+
+
+@triton.jit
+def _with_error(
+    two, four, error, some, kept, normal, top, low,
+    two2, four2, error2, some2, kept2, normal2, top2, low2,
+):  # fmt: skip
+    return (
+        two + two2,
+        four + four2,
+        error + error2,
+        some + some2,
+        kept + kept2,
+        normal + normal2,
+        tl.maximum(top, top2),
+        tl.minimum(low, low2),
+    )
+
+
+@triton.jit
+def merged(of_core, of_cast, SCALED: tl.constexpr, TOGETHER: tl.constexpr):
+    """Sums of programs' sums: six to add or, the last two, to take the largest of; four to add."""
+    n, broken, nonzero, two, four, top, low = of_core
+    kept, normal, over, error = of_cast
+    if TOGETHER:
+        if SCALED:
+            return tl.reduce(
+                (n, broken, nonzero, two, four, kept, normal, over, error, top, low),
+                0,
+                _programs_with_cast,
+            )
+        else:
+            a, b, c, d, e, f, g = tl.reduce((n, broken, nonzero, two, four, top, low), 0, _programs)
+            zero = tl.zeros((), tl.float64)
+            return a, b, c, d, e, zero, zero, zero, zero, f, g
+    else:
+        return (
+            tl.sum(n, 0),
+            tl.sum(broken, 0),
+            tl.sum(nonzero, 0),
+            tl.sum(two, 0),
+            tl.sum(four, 0),
+            tl.sum(kept, 0),
+            tl.sum(normal, 0),
+            tl.sum(over, 0),
+            tl.sum(error, 0),
+            tl.max(top, 0),
+            tl.max(low, 0),
+        )
+
+
+@triton.jit
+def _programs(
+    n, broken, nonzero, two, four, top, low, n2, broken2, nonzero2, two2, four2, top2, low2
+):
+    return (
+        n + n2,
+        broken + broken2,
+        nonzero + nonzero2,
+        two + two2,
+        four + four2,
+        tl.maximum(top, top2),
+        tl.maximum(low, low2),
+    )
+
+
+@triton.jit
+def _programs_with_cast(
+    n, broken, nonzero, two, four, kept, normal, over, error, top, low,
+    n2, broken2, nonzero2, two2, four2, kept2, normal2, over2, error2, top2, low2,
+):  # fmt: skip
+    return (
+        n + n2,
+        broken + broken2,
+        nonzero + nonzero2,
+        two + two2,
+        four + four2,
+        kept + kept2,
+        normal + normal2,
+        over + over2,
+        error + error2,
+        tl.maximum(top, top2),
+        tl.maximum(low, low2),
+    )

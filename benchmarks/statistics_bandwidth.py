@@ -67,6 +67,7 @@ def variants(columns: int, device: torch.device) -> Mapping[str, Measure]:
     for_codes = Scratch(device)
     found: dict[str, Measure] = {
         "torch.sum": torch.sum,
+        "torch._foreach_norm (what a gradient norm takes)": lambda x: torch._foreach_norm([x]),
         "ours, core set": ours(format="bf16", scale=None),
         "ours, core set and cast, without sqnr": ours(format="e4m3", scale=scale, sqnr=False),
         "ours, with sqnr": ours(format="e4m3", scale=scale),

@@ -34,6 +34,8 @@ _CHANNEL_TILE: Final = 32
 # Registers allow fewer programs that also work out the cast; measured on an H200.
 _PROGRAMS_PER_CORE: Final = 4
 _CASTING_PER_CORE: Final = 4
+# What lets as many programs run at once; where it spills, it is in the last program's merge.
+_REGISTERS: Final = 128
 _INTERPRETED_CORES: Final = 1
 _SPARE: Final = 3
 _CODES: Final = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -423,8 +425,9 @@ def _launch(
     pointers += [sums, partials if histogram is None else histogram]
     arguments = (*pointers, *launch.numbers)
     if launch.compiled is None:
+        most = {"maxnreg": _REGISTERS} if launch.constants["HALF"] else {}
         launch.compiled = accumulate_kernel[launch.grid](
-            *arguments, **launch.constants, num_warps=_WARPS
+            *arguments, **launch.constants, num_warps=_WARPS, **most
         )
     else:
         launch.compiled[launch.grid](*arguments, *launch.constants.values())

@@ -130,6 +130,18 @@ def test_alerts_and_events(client: Client) -> None:
     judged = client.feedback(alert.id, correct=True, note="it was")
     assert (judged.correct, judged.note) == (True, "it was")
     assert client.alerts(limit=1) == [judged]
+    snoozed = client.snooze(alert.id, 3600, note="later").mute
+    assert snoozed is not None
+    assert (snoozed.decision, snoozed.note) == ("snoozed", "later")
+    assert snoozed.until is not None
+    assert (snoozed.until - snoozed.at).total_seconds() == pytest.approx(3600, abs=1)
+    taken = client.acknowledge(alert.id).mute
+    assert taken is not None
+    assert (taken.decision, taken.until) == ("acknowledged", None)
+    assert client.alert(alert.id).mute == taken
+    assert client.unmute(alert.id) == judged
+    with pytest.raises(NotFound, match="no alert 9999"):
+        client.acknowledge(9999)
     (first, *_) = client.run_events("llama", last_event_id="0-0", seconds=1)
     assert (first.kind, first.data) == ("reset", {"reason": "restart"})
     assert list(client.events(seconds=0.2)) == []

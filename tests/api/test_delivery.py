@@ -10,19 +10,20 @@ import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from foreshock.api.alert_log import Alert, AlertLog, Transition
-from foreshock.api.delivery import (
+from foreshock.api.channels import (
     AlertmanagerChannel,
     AppriseChannel,
     Channel,
-    Delivery,
     DeliveryError,
 )
+from foreshock.api.delivery import Delivery
 from foreshock.api.registry import Registry
 from tests.api.live_helpers import SUBJECT, content, receiver_process, risk, wait_until
 
@@ -44,9 +45,12 @@ def resolve(log: AlertLog, step: int = 9) -> None:
 
 @contextmanager
 def delivering(
-    registry: Registry, log: AlertLog, channels: Sequence[Channel]
+    registry: Registry,
+    log: AlertLog,
+    channels: Sequence[Channel],
+    remind_after: timedelta | None = None,
 ) -> Iterator[Delivery]:
-    delivery = Delivery(registry, log, channels, first_wait=0.05)
+    delivery = Delivery(registry, log, channels, first_wait=0.05, remind_after=remind_after)
     delivery.start()
     try:
         yield delivery
@@ -65,6 +69,7 @@ class FlakyChannel:
 
     name = "flaky"
     resend_seconds = None
+    silencer = None
 
     def __init__(self, failures: int) -> None:
         self.failures = failures

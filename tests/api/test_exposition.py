@@ -43,11 +43,13 @@ def exposed(
     *readings: RunReading,
     tally: ServiceTally | None = None,
     firing: Collection[FiringAlert] = (),
+    muted: Collection[FiringAlert] = (),
 ) -> str:
     registry = metrics_registry(
         tally=tally or ServiceTally(),
         runs=lambda: readings,
         firing=lambda: firing,
+        muted=lambda: muted,
         gauges=lambda: {"foreshock_live_runs": len(readings)},
         info={"version": "1.2", "url": "https://watch.example"},
     )

@@ -5,18 +5,32 @@ Follows the state that the scorer's state machine gives; decides no threshold an
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import sqlalchemy as sa
 
-from foreshock.api.alert_tables import alerts, deliveries
+from foreshock.api.alert_model import (
+    ALERT_NAMES,
+    SEVERITIES,
+    Alert,
+    AlertContent,
+    AlertKind,
+    AlertSubject,
+    LoggedState,
+    Transition,
+    alert_of,
+    dump_content,
+    subject_of,
+    utc,
+)
+from foreshock.api.alert_mutes import AlertMutes, inherit_snooze
+from foreshock.api.alert_tables import alerts, deliveries, mutes, silences
 from foreshock.api.registry import Registry, metadata
-from foreshock.monitor.record import HORIZONS, Risk, decode_number, encode_number
+from foreshock.monitor.record import Risk
 
 __all__ = [
     "ALERT_NAMES",
@@ -32,109 +46,11 @@ __all__ = [
     "deliveries",
 ]
 
-LoggedState = Literal["pending", "firing", "resolved"]
-Transition = Literal["firing", "resolved"]
-
-AlertKind = Literal["forecast", "detection", "silence"]
-"""The kinds of risk, and a run that sends nothing any more."""
-
-ALERT_NAMES: Final[Mapping[AlertKind, str]] = {
-    "forecast": "TrainingDivergenceRisk",
-    "detection": "TrainingLossDiverging",
-    "silence": "TrainingRunSilent",
-}
-"""Kind to alertname; the Prometheus rules carry the same names."""
-
-SEVERITIES: Final[Mapping[AlertKind, str]] = {
-    "forecast": "warning",
-    "detection": "critical",
-    "silence": "warning",
-}
 _OF_RISK: Final[tuple[AlertKind, ...]] = ("forecast", "detection")
 
 
 class UnknownAlert(LookupError):
     """There is no alert of this id."""
-
-
-@dataclass(frozen=True, slots=True)
-class AlertSubject:
-    """Whose alert it is.
-
-    Attributes:
-        run_id: Hex id of the run.
-        project: Project name.
-        run: Run name.
-        attempt: Attempt number.
-    """
-
-    run_id: str
-    project: str
-    run: str
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AlertContent:
-    """What an alert says, as of the step it fired at.
-
-    Attributes:
-        step: That step.
-        probability: Per horizon; None where the model cannot say.
-        expected_lead: Steps until onset, if the model can say.
-        causes: From the diagnosis, most likely first: name, probability, layers, role, statistic,
-            since_step, evidence, remedy, source.
-        drivers: Signals that moved the forecast: signal, contribution, layer.
-        model_version: Which artifact answered.
-    """
-
-    step: int
-    probability: Mapping[int, float | None] = field(default_factory=dict)
-    expected_lead: float | None = None
-    causes: tuple[Mapping[str, Any], ...] = ()
-    drivers: tuple[Mapping[str, Any], ...] = ()
-    model_version: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alert:
-    """One alert of one run.
-
-    Attributes:
-        id: Number of the row.
-        subject: Whose it is.
-        kind: forecast, detection or silence.
-        state: pending, firing or resolved.
-        opened_step, fired_step, resolved_step: Steps of the transitions.
-        starts_at, ends_at: Wall-clock times (UTC) of firing (opening while pending) and resolving.
-        end_reason: Why it ended.
-        content: What it says.
-        correct, note: People's answer to "was this right?".
-    """
-
-    id: int
-    subject: AlertSubject
-    kind: AlertKind
-    state: LoggedState
-    opened_step: int
-    fired_step: int | None
-    resolved_step: int | None
-    starts_at: datetime
-    ends_at: datetime | None
-    end_reason: str | None
-    content: AlertContent
-    correct: bool | None
-    note: str | None
-
-    @property
-    def name(self) -> str:
-        """The alertname."""
-        return ALERT_NAMES[self.kind]
-
-    @property
-    def severity(self) -> str:
-        """As it stands in the label: warning or critical."""
-        return SEVERITIES[self.kind]
 
 
 _Key = tuple[str, int]
@@ -153,18 +69,22 @@ class AlertLog:
     Args:
         registry: Its database holds the tables; they are made if they are missing.
         channels: Names of the channels that every firing and resolved alert goes to.
+
+    Attributes:
+        mutes: People's decisions that an alert is to page nobody.
     """
 
     def __init__(self, registry: Registry, channels: Sequence[str] = ()) -> None:
         self._registry = registry
         self._channels = tuple(channels)
+        self.mutes = AlertMutes(registry)
         self._lock = threading.Lock()
         self._open: dict[_Key, dict[AlertKind, _Open]] = {}
         with registry.write() as connection:
-            metadata.create_all(connection, tables=[alerts, deliveries])
+            metadata.create_all(connection, tables=[alerts, deliveries, mutes, silences])
             for row in connection.execute(sa.select(alerts).where(alerts.c.state != "resolved")):
                 kinds = self._open.setdefault((row.run_id, row.attempt), {})
-                kinds[row.kind] = _Open(row.id, row.state, _subject(row))
+                kinds[row.kind] = _Open(row.id, row.state, subject_of(row))
 
     def fires(self, subject: AlertSubject, risk: Risk) -> bool:
         """Whether `follow` would start an alert with this risk, which then says why."""
@@ -229,7 +149,8 @@ class AlertLog:
                 del self._open[key]
             mine = sa.select(alerts.c.id).where(alerts.c.run_id == run_id)
             with self._registry.write() as connection:
-                connection.execute(sa.delete(deliveries).where(deliveries.c.alert_id.in_(mine)))
+                for table in (deliveries, mutes, silences):
+                    connection.execute(sa.delete(table).where(table.c.alert_id.in_(mine)))
                 connection.execute(sa.delete(alerts).where(alerts.c.run_id == run_id))
 
     def refresh(self) -> tuple[Alert, ...]:
@@ -242,11 +163,11 @@ class AlertLog:
                 self._open = {}
                 for row in rows:
                     kinds = self._open.setdefault((row.run_id, row.attempt), {})
-                    kinds[row.kind] = _Open(row.id, row.state, _subject(row))
+                    kinds[row.kind] = _Open(row.id, row.state, subject_of(row))
                 changed = {row.id for row in rows if before.get(row.id) != row.state}
                 changed |= before.keys() - {row.id for row in rows}
                 found = connection.execute(sa.select(alerts).where(alerts.c.id.in_(changed))).all()
-        return tuple(_alert(row) for row in found if row.state != "pending")
+        return tuple(alert_of(row) for row in found if row.state != "pending")
 
     def has_open(self, run_id: str, attempt: int) -> bool:
         """Whether an alert of the attempt is pending or firing."""
@@ -280,7 +201,11 @@ class AlertLog:
         found = self._open.setdefault((subject.run_id, subject.attempt), {})
         known = found.get(kind)
         now = _now()
-        values: dict[str, Any] = {"state": state, "starts_at": now, "content": _dump(content)}
+        values: dict[str, Any] = {
+            "state": state,
+            "starts_at": now,
+            "content": dump_content(content),
+        }
         if state == "firing":
             values["fired_step"] = step
         with self._registry.write() as connection:
@@ -292,13 +217,14 @@ class AlertLog:
                     return ()
                 key = connection.execute(sa.insert(alerts).values(values)).inserted_primary_key
                 known = _Open(int(key[0]) if key is not None else 0, state, subject)
+                inherit_snooze(connection, known.id, subject.run_id, kind)
             else:
                 connection.execute(sa.update(alerts).where(alerts.c.id == known.id).values(values))
             if state == "firing":
                 self._post(connection, known.id, "firing", now)
             row = connection.execute(sa.select(alerts).where(alerts.c.id == known.id)).one()
         found[kind] = _Open(known.id, state, subject)
-        return (_alert(row),)
+        return (alert_of(row),)
 
     def _settle(
         self, subject: AlertSubject, step: int, reason: str, kinds: Sequence[AlertKind]
@@ -314,6 +240,7 @@ class AlertLog:
         with self._registry.write() as connection:
             for known in found.values():
                 if known.state == "pending":
+                    connection.execute(sa.delete(mutes).where(mutes.c.alert_id == known.id))
                     connection.execute(sa.delete(alerts).where(alerts.c.id == known.id))
                 if known.state != "firing":
                     continue
@@ -322,13 +249,19 @@ class AlertLog:
                     .where(alerts.c.id == known.id)
                     .values(state="resolved", resolved_step=step, ends_at=now, end_reason=reason)
                 )
-                self._post(connection, known.id, "resolved", now)
+                untold = _drop_untold(connection, known.id, now)
+                self._post(connection, known.id, "resolved", now, but=untold)
                 row = connection.execute(sa.select(alerts).where(alerts.c.id == known.id)).one()
-                changed.append(_alert(row))
+                changed.append(alert_of(row))
         return tuple(changed)
 
     def _post(
-        self, connection: sa.Connection, alert_id: int, transition: Transition, now: datetime
+        self,
+        connection: sa.Connection,
+        alert_id: int,
+        transition: Transition,
+        now: datetime,
+        but: frozenset[str] = frozenset(),
     ) -> None:
         rows = [
             {
@@ -340,6 +273,7 @@ class AlertLog:
                 "next_try_at": now,
             }
             for channel in self._channels
+            if channel not in but
         ]
         if rows:
             connection.execute(sa.insert(deliveries), rows)
@@ -372,7 +306,7 @@ class AlertLog:
         if before is not None:
             query = query.where(alerts.c.id < before)
         with self._registry.engine.begin() as connection:
-            return tuple(_alert(row) for row in connection.execute(query))
+            return tuple(alert_of(row) for row in connection.execute(query))
 
     def get(self, alert_id: int) -> Alert:
         """One alert.
@@ -384,7 +318,7 @@ class AlertLog:
             row = connection.execute(sa.select(alerts).where(alerts.c.id == alert_id)).first()
         if row is None:
             raise UnknownAlert(f"there is no alert {alert_id}")
-        return _alert(row)
+        return alert_of(row)
 
     def delivered(self, alert_ids: Sequence[int]) -> Mapping[int, tuple[Mapping[str, Any], ...]]:
         """What became of each alert's messages: channel, transition, tries, delivered_at, error."""
@@ -401,7 +335,7 @@ class AlertLog:
                         "channel": row.channel,
                         "transition": row.transition,
                         "tries": row.tries,
-                        "delivered_at": _utc(row.delivered_at),
+                        "delivered_at": utc(row.delivered_at),
                         "abandoned": row.abandoned_at is not None,
                         "error": row.error,
                     }
@@ -432,63 +366,22 @@ def _existing(connection: sa.Connection, subject: AlertSubject, kind: str, step:
     ).first()
 
 
+def _drop_untold(connection: sa.Connection, alert_id: int, now: datetime) -> frozenset[str]:
+    """Drop messages of an alert that is over; channels that were spared it altogether.
+
+    Those of a muted alert, and reminders: what was only late for a receiver still goes out.
+    """
+    waiting = sa.and_(deliveries.c.alert_id == alert_id, deliveries.c.delivered_at.is_(None))
+    connection.execute(sa.delete(deliveries).where(waiting, deliveries.c.transition == "reminder"))
+    mute = connection.execute(sa.select(mutes).where(mutes.c.alert_id == alert_id)).first()
+    if mute is None or (mute.until is not None and mute.until <= now):
+        return frozenset()
+    waiting = sa.and_(waiting, deliveries.c.abandoned_at.is_(None))
+    untold = connection.scalars(sa.select(deliveries.c.channel).where(waiting)).all()
+    spared = {"abandoned_at": now, "error": f"{mute.decision} by {mute.by} until it was over"}
+    connection.execute(sa.update(deliveries).where(waiting).values(spared))
+    return frozenset(untold)
+
+
 def _now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
-
-
-def _utc(value: datetime | None) -> datetime | None:
-    # SQLite keeps no timezone; every time in these tables is UTC.
-    return None if value is None else value.replace(tzinfo=UTC)
-
-
-def _dump(content: AlertContent) -> str:
-    body = asdict(content)
-    body["probability"] = {str(h): encode_number(p) for h, p in content.probability.items()}
-    body["expected_lead"] = encode_number(content.expected_lead)
-    return json.dumps(_finite(body), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return encode_number(value)
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value
-
-
-def _load(text: str) -> AlertContent:
-    body = json.loads(text)
-    return AlertContent(
-        step=body["step"],
-        probability={
-            h: decode_number(body["probability"].get(str(h)), "probability") for h in HORIZONS
-        },
-        expected_lead=decode_number(body["expected_lead"], "expected_lead"),
-        causes=tuple(body["causes"]),
-        drivers=tuple(body["drivers"]),
-        model_version=body["model_version"],
-    )
-
-
-def _subject(row: Any) -> AlertSubject:
-    return AlertSubject(row.run_id, row.project, row.run, row.attempt)
-
-
-def _alert(row: Any) -> Alert:
-    return Alert(
-        id=row.id,
-        subject=_subject(row),
-        kind=row.kind,
-        state=row.state,
-        opened_step=row.opened_step,
-        fired_step=row.fired_step,
-        resolved_step=row.resolved_step,
-        starts_at=row.starts_at.replace(tzinfo=UTC),
-        ends_at=_utc(row.ends_at),
-        end_reason=row.end_reason,
-        content=_load(row.content),
-        correct=row.correct,
-        note=row.note,
-    )

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from foreshock.api.registry import metadata
 
-__all__ = ["alerts", "deliveries"]
+__all__ = ["alerts", "deliveries", "mutes", "silences"]
 
 alerts: Final = sa.Table(
     "alerts",
@@ -51,3 +51,25 @@ deliveries: Final = sa.Table(
     sa.Column("error", sa.Text),
     sa.UniqueConstraint("alert_id", "channel", "transition"),
 )
+
+mutes: Final = sa.Table(
+    "alert_mutes",
+    metadata,
+    sa.Column("alert_id", sa.ForeignKey("alerts.id"), primary_key=True),
+    sa.Column("decision", sa.String, nullable=False),
+    sa.Column("by", sa.String, nullable=False),
+    sa.Column("at", sa.DateTime, nullable=False),
+    sa.Column("until", sa.DateTime),
+    sa.Column("note", sa.Text),
+)
+"""The newest decision of people about paging, one row an alert."""
+
+silences: Final = sa.Table(
+    "alert_silences",
+    metadata,
+    sa.Column("alert_id", sa.ForeignKey("alerts.id"), primary_key=True),
+    sa.Column("channel", sa.String, primary_key=True),
+    sa.Column("silence_id", sa.String, nullable=False),
+    sa.Column("ends_at", sa.DateTime, nullable=False),
+)
+"""Silences of ours in Alertmanagers; others' are never touched."""

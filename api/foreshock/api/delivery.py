@@ -1,39 +1,30 @@
-"""Sends alerts: to anything apprise knows, and to Alertmanager. One thread a channel.
+"""Sends alerts, one thread a channel: once, again while they fire and nobody has taken them on.
 
 Every message is a row that outlives the process, so a restart neither loses one nor sends one
-twice that was delivered. Never touches the analysis; groups and silences nothing (Alertmanager
-does).
+twice that was delivered. Never touches the analysis; groups nothing (Alertmanager does).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal, Protocol
-from urllib.parse import urlsplit
+from typing import Any, Final, Literal
 
-import apprise
-import httpx
 import sqlalchemy as sa
 
-from foreshock.api.alert_log import Alert, AlertLog, Transition
-from foreshock.api.alert_tables import deliveries
-from foreshock.api.alert_text import alert_annotations, alert_labels, page_link
+from foreshock.api.alert_log import AlertLog
+from foreshock.api.alert_model import outranked
+from foreshock.api.alert_mutes import Mute
+from foreshock.api.alert_tables import alerts, deliveries
+from foreshock.api.channels import Channel, DeliveryError
 from foreshock.api.registry import Registry
+from foreshock.api.silences import SilenceKeeper
 
-__all__ = [
-    "AlertmanagerChannel",
-    "AppriseChannel",
-    "Channel",
-    "Delivery",
-    "DeliveryError",
-    "DeliveryOutcome",
-]
+__all__ = ["Delivery", "DeliveryOutcome", "next_page"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,144 +36,6 @@ _IDLE_WAIT: Final = 30.0
 _ELSEWHERE_WAIT: Final = 1.0
 
 
-class DeliveryError(Exception):
-    """A message did not arrive; it is tried again."""
-
-
-class Channel(Protocol):
-    """Somewhere that alerts go. Its name is stable over restarts and holds no secret."""
-
-    @property
-    def name(self) -> str:
-        """Names the channel in the log, in metrics and in the table of messages."""
-        ...
-
-    @property
-    def resend_seconds(self) -> float | None:
-        """Seconds between two sendings of a firing alert; None sends it once."""
-        ...
-
-    def send(self, alerts: Sequence[Alert], transition: Transition) -> None:
-        """Send.
-
-        Raises:
-            DeliveryError: It did not arrive.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class AppriseChannel:
-    """One apprise URL: json:// for a plain webhook, mailto://, slack://, ntfy://, ...
-
-    Args:
-        url: The apprise URL; may hold secrets, so it is never logged or stored.
-        page: Address of the service for links.
-
-    Raises:
-        ValueError: apprise does not know such a URL.
-    """
-
-    url: str = field(repr=False)
-    page: str | None = None
-    resend_seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        if apprise.Apprise.instantiate(self.url, suppress_exceptions=True) is None:
-            scheme = urlsplit(self.url).scheme or "no scheme"
-            raise ValueError(
-                f"apprise knows no such alert address ({scheme}://...); for a plain webhook "
-                "write json://host:port/path, for others see the list of apprise"
-            )
-
-    @property
-    def name(self) -> str:
-        """Scheme and a digest of the URL."""
-        digest = hashlib.sha256(self.url.encode()).hexdigest()[:8]
-        return f"{urlsplit(self.url).scheme}-{digest}"
-
-    def send(self, alerts: Sequence[Alert], transition: Transition) -> None:
-        """Send one message an alert; see `Channel.send`."""
-        for alert in alerts:
-            sender = apprise.Apprise()
-            sender.add(self.url)
-            sent = sender.notify(
-                title=f"[{transition}] {alert.name} {alert.subject.run}",
-                body=self._body(alert, transition),
-                notify_type=_notify_type(alert, transition),
-                body_format=apprise.NotifyFormat.TEXT,
-            )
-            if not sent:
-                raise DeliveryError("apprise could not deliver; its log names the reason")
-
-    def _body(self, alert: Alert, transition: Transition) -> str:
-        facts = alert_labels(alert) | alert_annotations(alert, transition)
-        summary = facts.pop("summary")
-        address = page_link(self.page, alert)
-        if address is not None:
-            facts["link"] = address
-        return "\n".join([summary, "", *(f"{name}: {text}" for name, text in facts.items())])
-
-
-def _notify_type(alert: Alert, transition: Transition) -> Any:
-    if transition == "resolved":
-        return apprise.NotifyType.SUCCESS
-    return apprise.NotifyType.FAILURE if alert.kind == "detection" else apprise.NotifyType.WARNING
-
-
-@dataclass(frozen=True, slots=True)
-class AlertmanagerChannel:
-    """One Alertmanager, through `POST /api/v2/alerts`.
-
-    A firing alert is sent again every `resend_seconds` and carries an end four times as far away
-    (as Prometheus does it), so it ends by itself when the service dies for good.
-
-    Args:
-        url: Base address, e.g. http://localhost:9093.
-        page: Address of the service for links.
-        resend_seconds: How often firing alerts are sent again.
-        timeout: Seconds a request may take.
-    """
-
-    url: str
-    page: str | None = None
-    resend_seconds: float | None = 60.0
-    timeout: float = 10.0
-
-    @property
-    def name(self) -> str:
-        """Host and port."""
-        parts = urlsplit(self.url)
-        return f"alertmanager-{parts.hostname}-{parts.port or parts.scheme}"
-
-    def send(self, alerts: Sequence[Alert], transition: Transition) -> None:
-        """Send all alerts in one request; see `Channel.send`."""
-        body = [self._body(alert, transition) for alert in alerts]
-        address = f"{self.url.rstrip('/')}/api/v2/alerts"
-        try:
-            response = httpx.post(address, json=body, timeout=self.timeout)
-            response.raise_for_status()
-        except httpx.HTTPError as error:
-            raise DeliveryError(f"{type(error).__name__}: {error}") from error
-
-    def _body(self, alert: Alert, transition: Transition) -> dict[str, Any]:
-        if transition == "resolved":
-            ends_at = alert.ends_at or datetime.now(UTC)
-        else:
-            ends_at = datetime.now(UTC) + timedelta(seconds=4 * (self.resend_seconds or 60.0))
-        body: dict[str, Any] = {
-            "labels": alert_labels(alert),
-            "annotations": alert_annotations(alert, transition),
-            "startsAt": alert.starts_at.isoformat(),
-            "endsAt": ends_at.isoformat(),
-        }
-        address = page_link(self.page, alert)
-        if address is not None:
-            body["generatorURL"] = address
-            body["annotations"]["link"] = address
-        return body
-
-
 class Delivery:
     """Works off the messages of the alert log, one thread a channel.
 
@@ -192,6 +45,8 @@ class Delivery:
         channels: Where alerts go.
         count: Called with (channel, outcome) after each try; must return at once.
         first_wait: Seconds before the second try; doubles up to 5 minutes, a day in all.
+        remind_after: How long after a page one that still fires and that nobody has acknowledged
+            pages again, where the channel does not do that by itself; None: never.
         leads: Whether this replica is the one that sends, asked before each round; None: there is
             no other.
     """
@@ -204,11 +59,12 @@ class Delivery:
         *,
         count: Callable[[str, DeliveryOutcome], None] | None = None,
         first_wait: float = 1.0,
+        remind_after: timedelta | None = None,
         leads: Callable[[], bool] | None = None,
     ) -> None:
+        habits = _Habits(count or _uncounted, first_wait, remind_after, leads)
         self._workers = tuple(
-            _ChannelWorker(registry, log, channel, count or _uncounted, first_wait, leads)
-            for channel in channels
+            _ChannelWorker(registry, log, channel, habits) for channel in channels
         )
 
     def start(self) -> None:
@@ -233,22 +89,41 @@ def _uncounted(channel: str, outcome: DeliveryOutcome) -> None:
     """Nobody counts."""
 
 
+def next_page(told: datetime, mute: Mute | None, remind_after: timedelta | None) -> datetime | None:
+    """When a firing alert that people were told of pages again; None: it does not.
+
+    Args:
+        told: When they were told last (UTC).
+        mute: The newest decision about it, a snooze that is over too.
+        remind_after: How long an alert that nobody has taken on stays quiet; None: for ever.
+    """
+    if mute is not None and mute.decision == "acknowledged":
+        return None
+    if mute is not None and mute.until is not None and mute.until > told:
+        return mute.until
+    return None if remind_after is None else told + remind_after
+
+
+@dataclass(frozen=True, slots=True)
+class _Habits:
+    count: Callable[[str, DeliveryOutcome], None]
+    first_wait: float
+    remind_after: timedelta | None
+    leads: Callable[[], bool] | None
+
+
 class _ChannelWorker:
     def __init__(
-        self,
-        registry: Registry,
-        log: AlertLog,
-        channel: Channel,
-        count: Callable[[str, DeliveryOutcome], None],
-        first_wait: float,
-        leads: Callable[[], bool] | None,
+        self, registry: Registry, log: AlertLog, channel: Channel, habits: _Habits
     ) -> None:
         self._registry = registry
         self._log = log
         self._channel = channel
-        self._count = count
-        self._first_wait = first_wait
-        self._leads = leads
+        self._habits = habits
+        silencer = channel.silencer
+        self._silences = (
+            None if silencer is None else SilenceKeeper(registry, log, channel, silencer)
+        )
         self._resend_at = datetime.now(UTC)
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -283,14 +158,79 @@ class _ChannelWorker:
 
     def _round(self) -> float:
         """Send what is due; seconds until the next round."""
-        if self._leads is not None and not self._leads():
+        if self._habits.leads is not None and not self._habits.leads():
             return _ELSEWHERE_WAIT
+        again = self._keep_silences() if self._silences is not None else self._remind()
         for message in self._due():
             if self._stop.is_set():
                 return 0.0
             self._try(message)
         self._resend()
-        return self._until_next()
+        return min(self._until_next(), again)
+
+    def _keep_silences(self) -> float:
+        """Bring the silences up to what people decided; seconds until that may need more."""
+        assert self._silences is not None
+        if datetime.now(UTC) >= self._resend_at:
+            self._silences.check()
+        try:
+            self._silences.keep()
+        except DeliveryError as error:
+            logger.warning("silences of %s: %s", self._channel.name, error)
+            return self._habits.first_wait
+        return _IDLE_WAIT
+
+    def _remind(self) -> float:
+        """Have alerts page again that are due to; seconds until the next one."""
+        firing = {alert.id: alert for alert in self._log.find(state="firing", limit=10_000)}
+        told = self._told(firing)
+        decisions = self._log.mutes.decisions(told)
+        worse = outranked(firing.values())
+        now, next_at = datetime.now(UTC), datetime.max.replace(tzinfo=UTC)
+        for alert_id, at in told.items():
+            again = next_page(at, decisions.get(alert_id), self._habits.remind_after)
+            if again is None or alert_id in worse:
+                continue
+            if again <= now:
+                self._post_reminder(alert_id)
+            else:
+                next_at = min(next_at, again)
+        return min((next_at - now).total_seconds(), _IDLE_WAIT)
+
+    def _told(self, alert_ids: Collection[int]) -> dict[int, datetime]:
+        """When people were told of each alert last; without those whose message is on its way."""
+        query = (
+            sa.select(deliveries.c.alert_id, deliveries.c.delivered_at, deliveries.c.abandoned_at)
+            .where(deliveries.c.channel == self._channel.name)
+            .where(deliveries.c.alert_id.in_(list(alert_ids)))
+        )
+        told: dict[int, datetime] = {}
+        open_: set[int] = set()
+        with self._registry.engine.begin() as connection:
+            for row in connection.execute(query):
+                at = row.delivered_at or row.abandoned_at
+                if at is None:
+                    open_.add(row.alert_id)
+                    continue
+                at = at.replace(tzinfo=UTC)
+                told[row.alert_id] = max(at, told.get(row.alert_id, at))
+        return {key: at for key, at in told.items() if key not in open_}
+
+    def _post_reminder(self, alert_id: int) -> None:
+        mine = sa.and_(
+            deliveries.c.alert_id == alert_id,
+            deliveries.c.channel == self._channel.name,
+            deliveries.c.transition == "reminder",
+        )
+        key = {"alert_id": alert_id, "channel": self._channel.name, "transition": "reminder"}
+        fires = sa.select(alerts.c.id).where(alerts.c.id == alert_id, alerts.c.state == "firing")
+        with self._registry.write() as connection:
+            if connection.execute(fires).first() is None:
+                return
+            # One row for all of them: the newest is the one that counts.
+            connection.execute(sa.delete(deliveries).where(mine))
+            row = {**key, "tries": 0, "created_at": _now(), "next_try_at": _now()}
+            connection.execute(sa.insert(deliveries), [row])
 
     def _open_messages(self) -> sa.Select[Any]:
         return (
@@ -308,7 +248,10 @@ class _ChannelWorker:
         for row in rows:
             # "resolved" waits until "firing" has arrived, so that people read them in order.
             first.setdefault(row.alert_id, row)
-        return [row for row in first.values() if row.next_try_at <= now]
+        due = {key: row for key, row in first.items() if row.next_try_at <= now}
+        # Where pages are grouped and repeated, a silence keeps them back: the state has to go on.
+        muted = {} if self._silences is not None else self._log.mutes.of(due)
+        return [row for key, row in due.items() if row.transition == "resolved" or key not in muted]
 
     def _try(self, message: Any) -> None:
         alert = self._log.get(message.alert_id)
@@ -329,13 +272,13 @@ class _ChannelWorker:
             connection.execute(
                 sa.update(deliveries).where(deliveries.c.id == message.id).values(values)
             )
-        self._count(self._channel.name, outcome)
+        self._habits.count(self._channel.name, outcome)
         if outcome == "delivered":
             # The alert's next message, if there is one, is due now.
             self._wake.set()
 
     def _back_off(self, tries: int) -> timedelta:
-        longest = min(self._first_wait * 2.0 ** min(tries, 20), _LONGEST_WAIT)
+        longest = min(self._habits.first_wait * 2.0 ** min(tries, 20), _LONGEST_WAIT)
         # Jitter, so that many services do not return to a receiver in step.
         return timedelta(seconds=longest * random.uniform(0.75, 1.0))
 
@@ -356,18 +299,28 @@ class _ChannelWorker:
             self._channel.send(firing, "firing")
         except DeliveryError as error:
             logger.warning("firing alerts to %s: %s", self._channel.name, error)
-            self._count(self._channel.name, "failed")
+            self._habits.count(self._channel.name, "failed")
 
     def _until_next(self) -> float:
         with self._registry.engine.begin() as connection:
             rows = connection.execute(self._open_messages()).all()
         now = _now()
-        waits = [(row.next_try_at - now).total_seconds() for row in rows]
+        muted = {} if self._silences is not None else self._log.mutes.of(r.alert_id for r in rows)
+        waits = [
+            (self._held_until(row, muted.get(row.alert_id)) - now).total_seconds() for row in rows
+        ]
         if self._channel.resend_seconds is not None:
             waits.append((self._resend_at - datetime.now(UTC)).total_seconds())
         # Another replica's messages wake nobody here.
-        longest = _IDLE_WAIT if self._leads is None else _ELSEWHERE_WAIT
+        longest = _IDLE_WAIT if self._habits.leads is None else _ELSEWHERE_WAIT
         return min(max(min(waits, default=longest), 0.05), longest)
+
+    def _held_until(self, row: Any, mute: Mute | None) -> datetime:
+        if mute is None or row.transition == "resolved":
+            return row.next_try_at  # type: ignore[no-any-return]
+        if mute.until is None:
+            return _now() + timedelta(seconds=_IDLE_WAIT)
+        return mute.until.replace(tzinfo=None)
 
 
 def _now() -> datetime:

@@ -112,6 +112,13 @@ _ALERT: Final[dict[str, Any]] = {
     "annotations": {"summary": "llama-1b: the loss is likely to diverge", "step": "4120"},
     "correct": None,
     "note": None,
+    "mute": {
+        "decision": "snoozed",
+        "by": "anna",
+        "at": "2026-01-31T12:03:00Z",
+        "until": "2026-01-31T14:03:00Z",
+        "note": "back after the meeting",
+    },
     "deliveries": [
         {
             "channel": "alertmanager",
@@ -229,6 +236,8 @@ EXAMPLES: Final[Mapping[str, dict[str, Any]]] = {
     "ForecastAnswer": {"horizon_steps": [10, 100, 1000], "risks": [_RISK]},
     "AlertList": {"alerts": [_ALERT], "next": "WyJhbGVydHMiLDE3XQ"},
     "AlertModel": _ALERT,
+    "Acknowledgement": {"note": "lowering the rate"},
+    "Snooze": {"seconds": 7200, "note": "back after the meeting"},
     "Feedback": {"correct": True, "note": "the rate was too high"},
     "Health": {"status": "ok", "reasons": []},
     "TokenRequest": {

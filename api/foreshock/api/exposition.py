@@ -184,6 +184,7 @@ def metrics_registry(
     tally: ServiceTally,
     runs: Callable[[], Sequence[RunReading]],
     firing: Callable[[], Collection[FiringAlert]],
+    muted: Callable[[], Collection[FiringAlert]],
     gauges: Callable[[], Mapping[str, float]],
     info: Mapping[str, str] | None = None,
 ) -> CollectorRegistry:
@@ -193,11 +194,12 @@ def metrics_registry(
         tally: The service's counters.
         runs: Gives the live runs, the most recently active first.
         firing: Gives the alerts that are firing now, of live runs and of others.
+        muted: Gives those of them that are acknowledged or snoozed.
         gauges: Gives the service's gauges by metric name.
         info: Labels of `foreshock_service_info`: version and url; None leaves it out.
     """
     registry = CollectorRegistry()
-    registry.register(_Exposition(tally, runs, firing, gauges, info))
+    registry.register(_Exposition(tally, runs, _Alarms(firing, muted), gauges, info))
     return registry
 
 
@@ -238,18 +240,24 @@ class _OfProjects(Collector):
         return sample.name == _INFO or sample.labels.get("project") in self._projects
 
 
+@dataclass(frozen=True, slots=True)
+class _Alarms:
+    firing: Callable[[], Collection[FiringAlert]]
+    muted: Callable[[], Collection[FiringAlert]]
+
+
 class _Exposition(Collector):
     def __init__(
         self,
         tally: ServiceTally,
         runs: Callable[[], Sequence[RunReading]],
-        firing: Callable[[], Collection[FiringAlert]],
+        alarms: _Alarms,
         gauges: Callable[[], Mapping[str, float]],
         info: Mapping[str, str] | None,
     ) -> None:
         self._tally = tally
         self._runs = runs
-        self._firing = firing
+        self._alarms = alarms
         self._gauges = gauges
         self._info = info
 
@@ -264,7 +272,7 @@ class _Exposition(Collector):
         for reading in readings:
             for name, names, value in _run_samples(reading):
                 samples.setdefault(name, []).append(((reading.project, reading.run, *names), value))
-        samples["foreshock_alert_firing"] = self._firing_samples(readings)
+        samples |= self._alarm_samples(readings)
         for spec in (*RUN_METRICS, *WORST_METRICS, *LAYER_METRICS):
             yield _family(spec, samples.get(spec.name, []))
         for name, value in self._gauges().items():
@@ -274,12 +282,17 @@ class _Exposition(Collector):
             yield _family(spec, [(tuple(self._info[label] for label in spec.labels), 1.0)])
         yield from self._tally.families()
 
-    def _firing_samples(self, readings: Sequence[RunReading]) -> list[_Sample]:
+    def _alarm_samples(self, readings: Sequence[RunReading]) -> dict[str, list[_Sample]]:
         """From the log, not the newest risk, so that a rule on it ends when the alert does."""
-        firing = set(self._firing())
+        firing = set(self._alarms.firing())
+        muted = firing & set(self._alarms.muted())
         scored = [reading for reading in readings if reading.risk is not None]
         quiet = {(r.project, r.run, kind) for r in scored for kind in ALERT_KINDS}
-        return [(key, float(key in firing)) for key in sorted(quiet | firing)]
+        keys = sorted(quiet | firing)
+        return {
+            "foreshock_alert_firing": [(key, float(key in firing)) for key in keys],
+            "foreshock_alert_muted": [(key, float(key in muted)) for key in keys],
+        }
 
 
 _Sample = tuple[tuple[str, ...], float]

@@ -9,13 +9,17 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 
 import pyarrow as pa
 
-from foreshock.api.alert_log import AlertLog
-from foreshock.api.delivery import AlertmanagerChannel, AppriseChannel, Channel, Delivery
+from foreshock.api.alert_log import Alert, AlertLog
+from foreshock.api.alert_mutes import Mute
+from foreshock.api.alert_text import summary_row
+from foreshock.api.channels import AlertmanagerChannel, AppriseChannel, Channel
+from foreshock.api.delivery import Delivery
 from foreshock.api.diagnosis import Cause
 from foreshock.api.diagnosis_process import DiagnosisProcess
 from foreshock.api.exposition import ServiceTally, metrics_registry
@@ -88,11 +92,13 @@ class LiveService:
         self.stream = EventStream()
         self.tally = ServiceTally()
         leases = self._shared_leases(settings, registry)
+        minutes = settings.remind_minutes
         self._delivery = Delivery(
             registry,
             self.log,
             channels,
             count=self.tally.delivery,
+            remind_after=timedelta(minutes=minutes) if minutes else None,
             leads=None if leases is None else partial(_leads, leases),
         )
         held = leases or SoleReplica()
@@ -119,6 +125,7 @@ class LiveService:
             tally=self.tally,
             runs=self._analysis.readings,
             firing=self.log.firing,
+            muted=self.log.mutes.firing,
             gauges=self._gauges,
             info={"version": version("foreshock"), "url": settings.page_url},
         )
@@ -170,6 +177,13 @@ class LiveService:
         """Forget a run that the registry does not know any more, its alerts too."""
         self._analysis.delete(run_id)
 
+    def muted(self, alert: Alert) -> None:
+        """Somebody decided about an alert's pages: follow it, and tell who watches."""
+        mute = self.log.mutes.of([alert.id]).get(alert.id)
+        subject, row = alert.subject, {**summary_row(alert), "mute": _mute_row(mute)}
+        self.stream.publish("alert", subject.run_id, row, project=subject.project)
+        self._delivery.wake()
+
     def clock_skew(self, run_id: str) -> float | None:
         """Seconds that a run's clock seems to be behind the service's; negative: ahead."""
         return self._watch.skew(run_id)
@@ -196,6 +210,13 @@ class LiveService:
             "foreshock_event_readers": self.stream.readers,
             "foreshock_scoring_queue_length": self._analysis.queue_length,
         }
+
+
+def _mute_row(mute: Mute | None) -> Mapping[str, object] | None:
+    if mute is None:
+        return None
+    until = None if mute.until is None else mute.until.isoformat()
+    return {"decision": mute.decision, "by": mute.by, "until": until}
 
 
 def _leads(leases: RunLeases) -> bool:

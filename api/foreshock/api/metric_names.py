@@ -143,6 +143,12 @@ RUN_METRICS: Final = (
         (*_RUN, "kind"),
     ),
     MetricSpec(
+        "foreshock_alert_muted",
+        "gauge",
+        "1 while the run's firing alert of this kind is acknowledged or snoozed",
+        (*_RUN, "kind"),
+    ),
+    MetricSpec(
         "foreshock_records_dropped_total",
         "counter",
         "Records the run's monitor had to drop, as it reported them",

@@ -86,6 +86,8 @@ class Settings:
         stale_seconds: and for at least so many seconds.
         alert_urls: apprise addresses that get alerts.
         alertmanager_urls: Alertmanager base addresses.
+        remind_minutes: A firing alert that nobody acknowledged pages again after so long, except
+            through Alertmanager, which repeats by itself; 0 = never.
 
     Raises:
         SettingsError: A value is out of range, or a certificate stands without its key.
@@ -129,6 +131,7 @@ class Settings:
     stale_seconds: int = 300
     alert_urls: tuple[str, ...] = field(default=(), repr=False)
     alertmanager_urls: tuple[str, ...] = field(default=(), repr=False)
+    remind_minutes: int = 240
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -222,6 +225,7 @@ _NOT_NEGATIVE: Final = (
     "token_requests",
     "token_bytes",
     "audit_days",
+    "remind_minutes",
 )
 _TRUTH: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 

@@ -32,6 +32,8 @@ Action = Literal[
     "service.backup",
     "alert.feedback",
     "alert.acknowledge",
+    "alert.snooze",
+    "alert.unmute",
     "page.sign_in",
     "page.sign_out",
     "auth.failed",

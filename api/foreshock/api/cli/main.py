@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from foreshock.api.cli import (
+    alert,
     backup,
     collect,
     compare,
@@ -38,6 +39,7 @@ demo.register(app)
 serve.register(app)
 collect.register(app)
 token.register(app)
+alert.register(app)
 data.register(app)
 compare.register(app)
 backup.register(app)

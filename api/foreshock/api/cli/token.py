@@ -8,24 +8,20 @@ beside a running service, which notices within seconds; with it, on a service el
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foreshock.api.cli import extras
+from foreshock.api.cli import durations, extras
 
 if TYPE_CHECKING:
     from foreshock.api.cli.token_places import TokenPlace
 
 __all__ = ["register"]
-
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_DURATION: Final = re.compile(r"(\d{1,9})([smhd])")
 
 Data = Annotated[
     Path | None,
@@ -68,8 +64,8 @@ def create(
     """Make a token. It is shown this once; the service keeps only its digest."""
     if bool(project) == all_projects:
         raise _Failed("say --project NAME, or --all-projects")
-    lifetime = None if expires is None else _seconds(expires)
     with _place(data, url) as place:
+        lifetime = None if expires is None else durations.seconds(expires)
         made = place.create(name, scope, None if all_projects else project, lifetime)
     _show_secret(made, as_json)
 
@@ -103,7 +99,7 @@ def rotate(
 ) -> None:
     """Give a token a new secret; both are taken for the grace period."""
     with _place(data, url) as place:
-        made = place.rotate(token_id, _seconds(grace))
+        made = place.rotate(token_id, durations.seconds(grace))
     _show_secret(made, as_json)
 
 
@@ -124,13 +120,6 @@ def _place(data: Path | None, url: str | None) -> Iterator[TokenPlace]:
             yield place
     except (TokenPlaceError, OSError, ValueError) as error:
         raise _Failed(str(error)) from None
-
-
-def _seconds(text: str) -> int:
-    found = _DURATION.fullmatch(text)
-    if found is None:
-        raise _Failed(f"a duration is {text!r}; allowed: a number and s, m, h or d, e.g. 90d")
-    return int(found[1]) * _UNITS[found[2]]
 
 
 def _show_secret(made: dict[str, Any], as_json: bool) -> None:

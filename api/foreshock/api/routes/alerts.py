@@ -1,20 +1,22 @@
-"""The alerts of all runs, and people's answer to "was this right?".
+"""The alerts of all runs, who has taken them on, and people's answer to "was this right?".
 
 Raises and sends none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import datetime
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 
 from foreshock.api.access.scopes import READ, WRITE
 from foreshock.api.alert_log import Alert, AlertKind, UnknownAlert
+from foreshock.api.alert_mutes import Decision, Mute, NotOpen
 from foreshock.api.alert_text import alert_annotations, alert_labels, summary
+from foreshock.api.live_service import LiveService
 from foreshock.api.openapi import errors
 from foreshock.api.paging import PageDep, read_cursor, write_cursor
 from foreshock.api.problems import Problem
@@ -22,7 +24,16 @@ from foreshock.api.routes.live_parts import Live, Number
 from foreshock.api.schemas import NEXT, number
 from foreshock.api.services import ServicesDep, find_run
 
-__all__ = ["AlertList", "AlertModel", "DeliveryModel", "Feedback", "router"]
+__all__ = [
+    "Acknowledgement",
+    "AlertList",
+    "AlertModel",
+    "DeliveryModel",
+    "Feedback",
+    "MuteModel",
+    "Snooze",
+    "router",
+]
 
 router = APIRouter(tags=["alerts"])
 
@@ -31,11 +42,21 @@ class DeliveryModel(BaseModel):
     """What became of one message."""
 
     channel: str
-    transition: Literal["firing", "resolved"]
+    transition: Literal["firing", "reminder", "resolved"]
     tries: int
     delivered_at: datetime | None
     abandoned: bool
     error: str | None
+
+
+class MuteModel(BaseModel):
+    """Who keeps an alert from paging: acknowledged for good, or snoozed until then."""
+
+    decision: Decision
+    by: str = Field(description="Name of the token, or local")
+    at: datetime
+    until: datetime | None = Field(description="End of a snooze; null = for as long as it fires")
+    note: str | None
 
 
 class AlertModel(BaseModel):
@@ -67,6 +88,7 @@ class AlertModel(BaseModel):
     annotations: dict[str, str]
     correct: bool | None = Field(description="People's answer")
     note: str | None
+    mute: MuteModel | None = Field(description="null: it pages; a snooze that is over is null too")
     deliveries: list[DeliveryModel]
 
 
@@ -77,11 +99,33 @@ class AlertList(BaseModel):
     next: str | None = NEXT
 
 
+Note = Annotated[str | None, Field(max_length=2000)]
+
+
 class Feedback(BaseModel):
     """Was this alert right?"""
 
     correct: bool
-    note: Annotated[str | None, Field(max_length=2000)] = None
+    note: Note = None
+
+
+_LONGEST_SNOOZE: Final = 30 * 86_400
+
+
+class Acknowledgement(BaseModel):
+    """I have it."""
+
+    note: Note = None
+
+
+class Snooze(BaseModel):
+    """Not now."""
+
+    seconds: Annotated[int, Field(ge=1, le=_LONGEST_SNOOZE, description="From now")]
+    note: Note = None
+
+
+AlertId = Annotated[int, Path(alias="id", ge=1, lt=2**63, description="The alert.")]
 
 
 @router.get("/alerts", dependencies=[READ], responses=errors(404))
@@ -108,24 +152,97 @@ def list_alerts(
     )
     more = len(found) > page.limit
     found = found[: page.limit]
-    delivered = live.log.delivered([alert.id for alert in found])
     following = page.more(write_cursor("alerts", found[-1].id) if more else None)
-    models = [_model(alert, delivered[alert.id]) for alert in found]
-    return AlertList(alerts=models, next=following)
+    return AlertList(alerts=_models(live, found), next=following)
 
 
 @router.post("/alerts/{id}/feedback", dependencies=[WRITE])
 def post_alert_feedback(
     live: Live,
     services: ServicesDep,
-    alert_id: Annotated[int, Path(alias="id", ge=1, lt=2**63, description="The alert.")],
+    alert_id: AlertId,
     answer: Feedback,
 ) -> AlertModel:
     """Say whether an alert was right; a later answer replaces an earlier one."""
     project = _find(live, services, alert_id).subject.project
     alert = live.log.answer(alert_id, correct=answer.correct, note=answer.note)
     services.note("alert.feedback", project=project, subject=str(alert_id), correct=answer.correct)
-    return _model(alert, live.log.delivered([alert.id])[alert.id])
+    return _one(live, alert)
+
+
+@router.get("/alerts/{id}", dependencies=[READ])
+def get_alert(live: Live, services: ServicesDep, alert_id: AlertId) -> AlertModel:
+    """One alert."""
+    return _one(live, _find(live, services, alert_id))
+
+
+@router.post("/alerts/{id}/acknowledge", dependencies=[WRITE], responses=errors(409))
+def acknowledge_alert(
+    live: Live, services: ServicesDep, alert_id: AlertId, answer: Acknowledgement
+) -> AlertModel:
+    """Take a firing alert on: it pages nobody again. Its end is still told.
+
+    Replaces a snooze. With an Alertmanager it becomes a silence there, for as long as it fires.
+    """
+    alert = _find(live, services, alert_id)
+    by = services.principal.name
+    try:
+        live.log.mutes.acknowledge(alert_id, by=by, note=answer.note)
+    except NotOpen as error:
+        raise Problem(409, str(error)) from None
+    services.note("alert.acknowledge", project=alert.subject.project, subject=str(alert_id))
+    return _decided(live, alert)
+
+
+@router.post("/alerts/{id}/snooze", dependencies=[WRITE], responses=errors(409))
+def snooze_alert(
+    live: Live, services: ServicesDep, alert_id: AlertId, answer: Snooze
+) -> AlertModel:
+    """Keep an alert from paging for a while; if it fires then, it pages again.
+
+    Covers alerts of the same kind that the run raises meanwhile. Replaces an acknowledgement.
+    """
+    alert = _find(live, services, alert_id)
+    until = datetime.now(UTC) + timedelta(seconds=answer.seconds)
+    by = services.principal.name
+    try:
+        live.log.mutes.snooze(alert_id, by=by, until=until, note=answer.note)
+    except NotOpen as error:
+        raise Problem(409, str(error)) from None
+    project, seconds = alert.subject.project, answer.seconds
+    services.note("alert.snooze", project=project, subject=str(alert_id), seconds=seconds)
+    return _decided(live, alert)
+
+
+@router.post("/alerts/{id}/unmute", dependencies=[WRITE])
+def unmute_alert(live: Live, services: ServicesDep, alert_id: AlertId) -> AlertModel:
+    """Take back an acknowledgement or a snooze; without either, nothing changes."""
+    alert = _find(live, services, alert_id)
+    if live.log.mutes.end(alert_id):
+        services.note("alert.unmute", project=alert.subject.project, subject=str(alert_id))
+    return _decided(live, alert)
+
+
+def _decided(live: LiveService, alert: Alert) -> AlertModel:
+    live.muted(alert)
+    return _one(live, alert)
+
+
+def _one(live: LiveService, alert: Alert) -> AlertModel:
+    (model,) = _models(live, [alert])
+    return model
+
+
+def _models(live: LiveService, found: Sequence[Alert]) -> list[AlertModel]:
+    ids = [alert.id for alert in found]
+    delivered, mutes = live.log.delivered(ids), live.log.mutes.of(ids)
+    return [_model(alert, delivered[alert.id], mutes.get(alert.id)) for alert in found]
+
+
+def _mute_model(mute: Mute) -> MuteModel:
+    return MuteModel(
+        decision=mute.decision, by=mute.by, at=mute.at, until=mute.until, note=mute.note
+    )
 
 
 def _find(live: Live, services: ServicesDep, alert_id: int) -> Alert:
@@ -139,7 +256,7 @@ def _find(live: Live, services: ServicesDep, alert_id: int) -> Alert:
     return alert
 
 
-def _model(alert: Alert, delivered: tuple[Mapping[str, Any], ...]) -> AlertModel:
+def _model(alert: Alert, delivered: tuple[Mapping[str, Any], ...], mute: Mute | None) -> AlertModel:
     subject, content = alert.subject, alert.content
     transition: Literal["firing", "resolved"] = (
         "resolved" if alert.state == "resolved" else "firing"
@@ -171,5 +288,6 @@ def _model(alert: Alert, delivered: tuple[Mapping[str, Any], ...]) -> AlertModel
         annotations=alert_annotations(alert, transition),
         correct=alert.correct,
         note=alert.note,
+        mute=None if mute is None or alert.state == "resolved" else _mute_model(mute),
         deliveries=[DeliveryModel(**message) for message in delivered],
     )

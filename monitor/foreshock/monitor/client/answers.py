@@ -26,6 +26,7 @@ __all__ = [
     "Diagnosis",
     "Heatmap",
     "Launch",
+    "Mute",
     "Receipt",
     "RiskHistory",
     "RunDetail",
@@ -359,6 +360,28 @@ class Diagnosis:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Mute:
+    """Who keeps an alert from paging: `acknowledged`, or `snoozed` until then."""
+
+    decision: str
+    by: str
+    at: datetime
+    until: datetime | None
+    note: str | None
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Mute:
+        """From JSON."""
+        return cls(
+            decision=body["decision"],
+            by=body["by"],
+            at=_moment(body["at"]),
+            until=_time(body.get("until")),
+            note=body.get("note"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Alert:
     """One alert: what fired, when, why, and whether people agreed (`correct`, `note`)."""
 
@@ -386,11 +409,14 @@ class Alert:
     labels: Mapping[str, str]
     correct: bool | None
     note: str | None
+    mute: Mute | None
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> Alert:
         """From JSON."""
+        mute = body.get("mute")
         converted = {
+            "mute": None if mute is None else Mute.read(mute),
             "starts_at": _moment(body["starts_at"]),
             "ends_at": _time(body.get("ends_at")),
             "probability": _by_horizon(body.get("probability")),

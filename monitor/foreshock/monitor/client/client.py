@@ -354,6 +354,30 @@ class Client(AccessCalls):
         found = self._pages("api/v1/alerts", "alerts", query, limit)
         return [Alert.read(item) for item in found]
 
+    @operation("get_alert")
+    def alert(self, alert_id: int) -> Alert:
+        """One alert."""
+        return Alert.read(self._http.ask("GET", f"api/v1/alerts/{alert_id}").json())
+
+    @operation("acknowledge_alert")
+    def acknowledge(self, alert_id: int, *, note: str | None = None) -> Alert:
+        """Take a firing alert on: it pages nobody again."""
+        return self._decide(alert_id, "acknowledge", {"note": note})
+
+    @operation("snooze_alert")
+    def snooze(self, alert_id: int, seconds: int, *, note: str | None = None) -> Alert:
+        """Keep an alert from paging for so many seconds; if it fires then, it pages again."""
+        return self._decide(alert_id, "snooze", {"seconds": seconds, "note": note})
+
+    @operation("unmute_alert")
+    def unmute(self, alert_id: int) -> Alert:
+        """Take back an acknowledgement or a snooze."""
+        return self._decide(alert_id, "unmute", None)
+
+    def _decide(self, alert_id: int, what: str, body: Mapping[str, Any] | None) -> Alert:
+        path = f"api/v1/alerts/{alert_id}/{what}"
+        return Alert.read(self._http.ask("POST", path, json=body).json())
+
     @operation("post_alert_feedback")
     def feedback(self, alert_id: int, *, correct: bool, note: str | None = None) -> Alert:
         """Say whether an alert was right; a later answer replaces an earlier one."""

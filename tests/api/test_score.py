@@ -192,3 +192,16 @@ def test_parquet_of_columns_is_read_as_csv_is(tmp_path: Path) -> None:
         pq.write_table(pa.table(broken), tmp_path / "b.parquet")
         result = run(tmp_path / "b.parquet")
         assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_a_picture_is_drawn_when_asked_for_and_never_into_a_pipe(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", table([*healthy(), *[8.0] * 20]))
+    plain, drawn = run(path), run(path, "--picture")
+    assert drawn.exit_code == plain.exit_code == 3
+    assert drawn.stdout.startswith(plain.stdout)
+    picture = drawn.stdout.removeprefix(plain.stdout).splitlines()
+    assert picture[0] == "loss"
+    assert picture[1].split()[0] == "8"
+    alarm = next(line for line in picture if line.lstrip().startswith("alarm"))
+    assert alarm.endswith("▲")
+    assert picture[-1].split() == ["step", "0", "219"]

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from foreshock.api.cli.checkup.service import check_service
 from foreshock.api.cli.main import app
 from foreshock.monitor.record import records_to_table
 from foreshock.monitor.shipping import Service as Client
@@ -96,6 +97,16 @@ def test_the_command_line_too(service: Service, certificate: tuple[Path, Path]) 
     environment["FORESHOCK_CA"] = __file__
     wrong = CliRunner().invoke(app, command, env=environment)
     assert (wrong.exit_code, "FORESHOCK_CA" in wrong.stderr) == (2, True)
+
+
+def test_doctor_says_what_is_wrong_with_the_certificate(
+    service: Service, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (found,) = check_service("service", service.url, TOKEN)
+    assert (found.check, found.verdict) == ("certificate", "wrong")
+    assert "FORESHOCK_CA" in found.remedy
+    monkeypatch.setenv("FORESHOCK_CA", str(certificate[0]))
+    assert {f.verdict for f in check_service("service", service.url, TOKEN)} == {"ok"}
 
 
 def test_the_page_signs_in_over_tls_and_its_cookie_stays_there(

@@ -6,7 +6,7 @@ import importlib.util
 
 import typer
 
-__all__ = ["require"]
+__all__ = ["installed", "require"]
 
 _MODULES = {"trainer": ("torch",), "api": ("fastapi", "sklearn", "skops", "sqlalchemy")}
 
@@ -17,11 +17,16 @@ def require(*extras: str) -> None:
     Raises:
         typer.Exit: With code 2, when an extra is missing.
     """
-    missing = [e for e in extras if any(_absent(m) for m in _MODULES[e])]
+    missing = [e for e in extras if not installed(e)]
     if missing:
         names = ",".join(missing)
         typer.echo(f"this command needs more packages: pip install 'foreshock[{names}]'", err=True)
         raise typer.Exit(2)
+
+
+def installed(extra: str) -> bool:
+    """Whether the packages of an extra are there."""
+    return not any(_absent(module) for module in _MODULES[extra])
 
 
 def _absent(module: str) -> bool:

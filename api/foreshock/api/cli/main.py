@@ -11,6 +11,7 @@ from foreshock.api.cli import (
     compare,
     data,
     demo,
+    doctor,
     fit,
     incident,
     score,
@@ -18,6 +19,7 @@ from foreshock.api.cli import (
     sweep,
     token,
     train,
+    watch,
 )
 
 __all__ = ["app", "run"]
@@ -48,6 +50,8 @@ fit.register(app)
 incident.register(app)
 sweep.register(app)
 train.register(app)
+watch.register(app)
+doctor.register(app)
 
 
 def run() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from foreshock.api.cli import extras
+from foreshock.api.cli.score_picture import ScoreTrace
+from foreshock.api.cli.score_picture import picture as picture_of
 
 if TYPE_CHECKING:
     from foreshock.api.artifact import Artifact
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from foreshock.monitor.record import Risk
 
 __all__ = ["register"]
+
+_WIDEST: Final = 120
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +38,10 @@ def score(
     ] = None,
     prior: Annotated[
         float | None, typer.Option(help="Onsets of divergence per step that you expect.")
+    ] = None,
+    picture: Annotated[
+        bool | None,
+        typer.Option("--picture/--no-picture", help="Draw it; default: on a terminal only."),
     ] = None,
 ) -> None:
     """Score a log: risk per row, from the rows before it only.
@@ -53,7 +62,11 @@ def score(
         typer.echo(f"foreshock score: {error}", err=True)
         raise typer.Exit(2) from None
     scored = _score_rows(rows, model, prior)
-    fired = _print_json(scored) if as_json else _print_summary(file, scored)
+    if as_json:
+        fired = _print_json(scored)
+    else:
+        drawn = sys.stdout.isatty() if picture is None else picture
+        fired = _print_summary(file, scored, drawn=drawn)
     raise typer.Exit(3 if fired else 0)
 
 
@@ -88,7 +101,10 @@ def _print_json(scored: Iterable[tuple[LogRow, Risk]]) -> bool:
     return fired
 
 
-def _print_summary(file: Path, scored: Iterable[tuple[LogRow, Risk]]) -> bool:
+def _print_summary(file: Path, scored: Iterable[tuple[LogRow, Risk]], *, drawn: bool) -> bool:
+    trace = ScoreTrace()
+    if drawn:
+        scored = trace.through(scored)
     count, attempts = 0, set()
     before: dict[int, str] = {}
     alarms: list[str] = []
@@ -108,6 +124,9 @@ def _print_summary(file: Path, scored: Iterable[tuple[LogRow, Risk]]) -> bool:
         typer.echo(f"  ... and {len(alarms) - 20} more; --json has every row")
     typer.echo(f"last row, step {last.step}: {last.state}, {_risk_text(last)}")
     typer.echo(f"model {last.model_version}")
+    if drawn:
+        for line in picture_of(trace, min(shutil.get_terminal_size().columns, _WIDEST)):
+            typer.echo(line)
     return bool(alarms)
 
 

@@ -1,6 +1,7 @@
 """A typed client of the service: `from foreshock.monitor import Client`.
 
-Needs httpx, pyarrow and numpy, as all of `foreshock.monitor` does; frames need pandas.
+Needs httpx, pyarrow and numpy, as all of `foreshock.monitor` does; frames need pandas, `draw`
+matplotlib.
 """
 
 from foreshock.monitor.client.answers import (
@@ -19,6 +20,7 @@ from foreshock.monitor.client.answers import (
     ServiceEvent,
 )
 from foreshock.monitor.client.client import Client
+from foreshock.monitor.client.drawing import draw
 from foreshock.monitor.client.errors import (
     ClientError,
     Conflict,
@@ -63,4 +65,5 @@ __all__ = [
     "ServiceFailure",
     "TooLarge",
     "Unauthorized",
+    "draw",
 ]

@@ -1,0 +1,1 @@
+"""The checks of `foreshock doctor`, one module per place that can be wrong; each only looks."""

@@ -81,6 +81,7 @@ def tests() -> list[Part]:
         pytest_part("test_device_rows", "tests/gpu/test_device_rows.py"),
         pytest_part("test_watch", "tests/gpu/test_watch.py"),
         pytest_part("test_blocks", "tests/gpu/test_blocks.py"),
+        pytest_part("test_nccl", "tests/gpu/test_nccl.py"),
         pytest_part("test_transformer_engine", "tests/gpu/test_transformer_engine.py"),
     ]
 

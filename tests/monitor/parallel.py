@@ -2,7 +2,8 @@
 
     python -m tests.monitor.parallel CASE RANK PORT FOLDER
 
-Writes what it saw to FOLDER/RANK.json.
+Writes what it saw to FOLDER/RANK.json. Over gloo on the CPU, or with RANKS_OVER=nccl over NCCL, one
+device a process.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from foreshock.monitor import Watch, watch
 from foreshock.monitor.operands import Operand
 from foreshock.monitor.record import records_to_json, table_to_records
 
+NCCL = os.environ.get("RANKS_OVER") == "nccl"
+DEVICE = "cuda" if NCCL else "cpu"
 SIZE = 2
 STEPS = 4
 WIDTH = 8
@@ -55,7 +58,8 @@ class Scaled(nn.Linear):
     rank = 0
 
     def operand(self, role: str) -> Operand:
-        return Operand("e4m3", torch.tensor(4.0 + (self.rank == 1)), agreed=True)
+        scale = torch.tensor(4.0 + (self.rank == 1), device=DEVICE)
+        return Operand("e4m3", scale, agreed=True)
 
 
 class Experts(nn.Module):
@@ -112,7 +116,7 @@ def train(
             sinks=[out],
         )
     for step in range(STEPS):
-        loss = model(inputs(step, rank if data_rank is None else data_rank))
+        loss = model(inputs(step, rank if data_rank is None else data_rank).to(DEVICE))
         loss.backward()
         norm: Any = nn.utils.get_total_norm(
             [p.grad for p in model.parameters() if p.grad is not None]
@@ -126,7 +130,7 @@ def train(
 
 def net(seed: int = 0) -> Net:
     torch.manual_seed(seed)
-    return Net()
+    return Net().to(DEVICE)
 
 
 def ddp(rank: int, out: Out) -> dict[str, Any]:
@@ -155,7 +159,7 @@ def fsdp(rank: int, out: Out) -> dict[str, Any]:
 def split() -> nn.Module:
     model = net()
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    parallelize_module(model, init_device_mesh("cpu", (SIZE,)), plan)
+    parallelize_module(model, init_device_mesh(DEVICE, (SIZE,)), plan)
     return model
 
 
@@ -170,7 +174,7 @@ def tp(rank: int, out: Out) -> dict[str, Any]:
 
 def experts(rank: int, out: Out) -> dict[str, Any]:
     torch.manual_seed(0)
-    seen = train(Experts(rank), rank, out)
+    seen = train(Experts(rank).to(DEVICE), rank, out)
     assert seen is not None
     return {"closed": seen.close(20), "layers": seen.layers}
 
@@ -189,7 +193,7 @@ def stages(rank: int, out: Out) -> dict[str, Any]:
             y: torch.Tensor = linear(x)
             return y.square().mean()
 
-    seen = train(Stage(), rank, out)
+    seen = train(Stage().to(DEVICE), rank, out)
     assert seen is not None
     return {"closed": seen.close(20), "layers": seen.layers}
 
@@ -208,7 +212,7 @@ def disagree(rank: int, out: Out) -> dict[str, Any]:
             y: torch.Tensor = self.inner(x)
             return y.square().mean()
 
-    seen = train(nn.parallel.DistributedDataParallel(Model()), rank, out)
+    seen = train(nn.parallel.DistributedDataParallel(Model().to(DEVICE)), rank, out)
     assert seen is not None
     return {"closed": seen.close(20)}
 
@@ -224,7 +228,7 @@ def dead(rank: int, out: Out) -> dict[str, Any]:
     for step in range(2 * STEPS):
         if rank == 1 and step == STEPS:
             os._exit(0)
-        loss = model(inputs(step, rank))
+        loss = model(inputs(step, rank).to(DEVICE))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -241,7 +245,7 @@ def reporting(rank: int, out: Out) -> dict[str, Any]:
         model, optimizer, run="r", spool=Path(sys.argv[4]) / "spool", tensor_every=2, sinks=[out]
     )
     for step in range(STEPS):
-        x = inputs(step, rank)
+        x = inputs(step, rank).to(DEVICE)
         if rank == 1 and step == 1:
             seen.event("checkpoint", "of rank 1")
         if rank == 1 and step == STEPS - 1:
@@ -270,7 +274,9 @@ def main() -> None:
     case, rank, port, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    dist.init_process_group("gloo", rank=rank, world_size=SIZE)
+    if NCCL:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if NCCL else "gloo", rank=rank, world_size=SIZE)
     out = Out()
     more = CASES[case](rank, out)
     out.write(folder / f"{rank}.json", **more)

@@ -6,13 +6,18 @@ import copy
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from foreshock.monitor import Watch
 from foreshock.monitor.clock import Clock
@@ -326,6 +331,45 @@ def test_a_pass_for_values_between_forward_and_backward_is_not_counted(
         optimizer.step()
     inputs = [t.identity.call_index for t in recorder.records[0].tensors if t.identity.layer == "a"]
     assert inputs == [0, 0, 0]
+
+
+class Selective(nn.Module):
+    """Keeps sums and recomputes everything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    @staticmethod
+    def _policy(ctx: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
+        kept = operation is torch.ops.aten.sum.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def _first(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        return torch.relu(h * torch.sigmoid(h.sum()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        contexts = partial(create_selective_checkpoint_contexts, self._policy)
+        h = checkpoint(self._first, x, use_reentrant=False, context_fn=contexts)
+        y: torch.Tensor = self.b(h)
+        return y.square().mean()
+
+
+def test_a_selective_checkpoint_gets_its_own_operations_back(
+    start: Start, recorder: Recorder
+) -> None:
+    # What is kept is handed out in the order of operations: a sum of the monitor's between two of
+    # the training's would be taken for one of them.
+    torch.manual_seed(0)
+    model = Selective()
+    twin = copy.deepcopy(model)
+    expected = go(twin, sgd(twin), steps=5)
+    optimizer = sgd(model)
+    # Off the cadence operands are summed up at once, on a CPU.
+    with start(model, optimizer, tensor_every=10):
+        assert go(model, optimizer, steps=5) == expected
+    assert row(recorder.records[0], "a", "input").observations == 1
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.eval_frame import skip_code
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from foreshock.monitor.collector import Collector
@@ -72,7 +73,13 @@ class Hook:
 
     def _guarded(self, *args: Any) -> None:
         with self.guard:
-            self.function(*args)
+            if not torch._C._len_torch_dispatch_stack():
+                self.function(*args)
+                return
+            # Whoever looks at the training's operations must not see ours: a selective checkpoint
+            # takes what it kept by the order of operations, and would give one of ours back.
+            with _disable_current_modes():
+                self.function(*args)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., None]:
         return _inert

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from foreshock.monitor import Watch
-from foreshock.monitor.budget import Budget, Plan, PlanBook
+from foreshock.monitor.budget import Budget, Plan, PlanBook, first_plan
 from foreshock.monitor.sampling import Cadence, Sampling
 from tests.monitor.models import Recorder
 
 
 def simulate(share: float, fixed: float, full: float, steps: int = 3000) -> tuple[float, Plan, int]:
     """Mean cost share over the last half of a run of one-second steps; the plan; changes."""
-    budget = Budget(share, Plan(Cadence(1)))
+    budget = Budget(share, first_plan(Cadence(1), share))
     plan, changes, costs = budget.plan, 0, []
     for step in range(steps):
         measured = plan.cadence.measures(step)
@@ -48,6 +48,22 @@ def test_the_cost_stays_inside_where_it_can(share: float, fixed: float, full: fl
 
 def test_cheap_statistics_are_taken_at_every_step() -> None:
     assert simulate(0.01, 0.0, 0.002)[1] == Plan(Cadence(1))
+
+
+def test_what_every_step_costs_is_seen_before_anything_is_planned() -> None:
+    plan = first_plan(Cadence(1), 0.02)
+    assert plan == Plan(Cadence(2)), "not every step is measured at first"
+    assert first_plan(Cadence(1), None) == Plan(Cadence(1))
+    budget = Budget(0.02, plan)
+    new = None
+    for step in range(8):
+        measured = plan.cadence.measures(step)
+        cost = 0.01 + 0.057 * measured
+        new = new or budget.take(step_seconds=1 + cost, overhead_ratio=cost, measured=measured)
+    # 0.016 is aimed at, so 0.006 are left, a little more than a tenth of 0.057.
+    assert new is not None
+    assert new.cadence == Cadence(10)
+    assert budget.expected == pytest.approx(0.0157)
 
 
 def test_rows_and_tensors_are_sampled_only_when_the_cadence_does_not_suffice() -> None:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
 from foreshock.monitor import Watch
 from foreshock.monitor.clock import Clock
 from foreshock.monitor.guard import Guard
-from foreshock.monitor.notices import MOST_MICRO_BATCHES
+from foreshock.monitor.notices import MOST_MICRO_BATCHES, MOST_SKIPS
 from tests.monitor.models import Recorder, folder_of, row, tiny, train
 
 Start = Callable[..., Watch]
@@ -218,20 +218,35 @@ def test_a_step_that_raised_is_taken_again(start: Start, recorder: Recorder, mod
     assert [record.step for record in recorder.records] == [0, 1]
 
 
+@pytest.mark.parametrize("thrown_away", [True, False])
 def test_another_optimizer_steps(
-    start: Start, recorder: Recorder, model: Plain, caplog: pytest.LogCaptureFixture
+    start: Start,
+    recorder: Recorder,
+    model: Plain,
+    thrown_away: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     optimizer = sgd(model)
     with start(model, optimizer) as watch:
         go(model, optimizer, steps=1)
-        go(model, sgd(model), steps=2 * MOST_MICRO_BATCHES + 10)
+        other = sgd(model)
+        for _ in range(2 * MOST_MICRO_BATCHES + 10):
+            model(torch.randn(3, 4)).backward()
+            other.step()
+            other.zero_grad(set_to_none=thrown_away)
         held = watch._collector.take()
         assert len(held.entries) + len(held.probes) <= MOST_MICRO_BATCHES * 6, "memory is bounded"
         go(model, optimizer, steps=2)
-    assert [record.step for record in recorder.records] == [0, 1, 2]
-    assert recorder.records[1].tensors == ()
-    assert len(recorder.records[2].tensors) == 6
-    assert len(details(recorder)) == 1
+    if thrown_away:
+        # Taken for skipped steps, but not for ever.
+        steps = 1 + MOST_SKIPS + 2
+        assert len(details(recorder, "step_skipped")) == MOST_SKIPS
+    else:
+        steps = 3
+    assert [record.step for record in recorder.records] == list(range(steps))
+    assert recorder.records[-2].tensors == ()
+    assert len(recorder.records[-1].tensors) == 6
+    assert len(details(recorder)) == 1 + thrown_away
     assert "is it the one that steps?" in caplog.text
 
 
@@ -333,6 +348,46 @@ def test_a_pass_for_values_between_forward_and_backward_is_not_counted(
     assert inputs == [0, 0, 0]
 
 
+class Twice(nn.Module):
+    """Inside a checkpoint a layer runs for its values, and for gradients, in either order."""
+
+    def __init__(self, reentrant: bool, values_first: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 1)
+        self._reentrant, self._values_first = reentrant, values_first
+
+    def _values(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y: torch.Tensor = self.a(x)
+            return y
+
+    def _first(self, x: torch.Tensor) -> torch.Tensor:
+        if self._values_first:
+            return torch.relu(self._values(x) + self.a(x))
+        y = self.a(x)
+        return torch.relu(y + self._values(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.b(checkpoint(self._first, x, use_reentrant=self._reentrant))
+        return y.square().mean()
+
+
+@pytest.mark.parametrize("values_first", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_call_for_values_inside_a_checkpoint_doubles_nothing(
+    start: Start, recorder: Recorder, reentrant: bool, values_first: bool
+) -> None:
+    model = Twice(reentrant, values_first)
+    optimizer = sgd(model)
+    with start(model, optimizer):
+        for _ in range(2):
+            model(torch.randn(3, 4, requires_grad=True)).backward()
+            optimizer.step()
+    for record in recorder.records:
+        assert [t.identity.call_index for t in record.tensors] == [0] * 6
+        assert {t.observations for t in record.tensors} == {1}
+
+
 class Selective(nn.Module):
     """Keeps sums and recomputes everything else."""
 
@@ -397,6 +452,16 @@ def test_tracing_a_watched_model_for_export(start: Start, recorder: Recorder, mo
         go(model, optimizer, steps=1)
     # The model's own forward for the comparison, and the step's.
     assert row(recorder.records[1], "0", "input").observations == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_scripting_a_watched_model_says_what_to_do(start: Start) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    with start(model, sgd(model)), pytest.raises(AttributeError, match="close the watch first"):
+        torch.jit.script(model)
+    scripted = torch.jit.script(model)
+    x = torch.randn(3, 4)
+    assert torch.equal(scripted(x), model(x))
 
 
 def test_a_folder_that_is_gone_ends_no_training(

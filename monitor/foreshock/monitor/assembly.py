@@ -66,7 +66,8 @@ class Assembler:
         self._order = {name: position for position, name in enumerate(layers)}
         self._rank = rank
         self._ranks = ranks
-        self._shares = shares or {}
+        # Added to as parameters are: the very mapping is kept.
+        self._shares = {} if shares is None else shares
         self._nonfinite = NonfiniteWatch(rank)
         self._columns: tuple[tuple[TensorIdentity, ...], IdentityColumns] | None = None
         self._guard = Guard("exchange with the other processes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -14,31 +15,48 @@ from torch.nn.parameter import is_lazy
 from foreshock.monitor.hooks import is_watched, plain_name
 from foreshock.monitor.operands import DTYPE_FORMATS
 
-__all__ = ["Trained", "forget_compiled", "ranks", "trained_parameters"]
+__all__ = ["Trained", "all_of", "forget_compiled", "ranks", "trained_parameters"]
 
 _NUMBERS: Final = (*DTYPE_FORMATS, torch.float64)
 
 
-def trained_parameters(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[nn.Parameter, str]:
-    """The parameters of the model that the optimizer trains, with their names.
+def all_of(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+) -> tuple[torch.optim.Optimizer, ...]:
+    """One optimizer or several, as several.
 
     Raises:
-        TypeError: model or optimizer is something else.
+        TypeError: It is something else.
+        ValueError: There is none, or one stands there twice.
+    """
+    optimizers = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    for each in optimizers:
+        if not isinstance(each, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer is a {type(each).__name__}; watch needs a torch.optim.Optimizer, "
+                "or a list of them"
+            )
+    if not optimizers or len({id(each) for each in optimizers}) < len(optimizers):
+        raise ValueError("the list of optimizers is empty, or holds one of them twice")
+    return optimizers
+
+
+def trained_parameters(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[nn.Parameter, str]:
+    """The parameters of the model that the optimizers train, with their names.
+
+    Raises:
+        TypeError: model is something else.
         ValueError: The model is watched already, shares no parameter with the
             optimizer, has one that is still to be initialized, or lies on several devices or on
             none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; watch needs a torch.nn.Module")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}; watch needs a torch.optim.Optimizer"
-        )
     if is_watched(model):
         raise ValueError("the model, or a part of it, is watched already; close that watch first")
-    names = _measurable(model, optimizer)
+    names = _measurable(model, optimizers)
     if not names:
         raise ValueError(
             "the optimizer trains no parameter of the model; make it from model.parameters() "
@@ -52,15 +70,17 @@ def trained_parameters(
     return names
 
 
-def _measurable(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, str]:
-    """Those of the model's parameters in the optimizer that have norms, with their names.
+def _measurable(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[nn.Parameter, str]:
+    """Those of the model's parameters in the optimizers that have norms, with their names.
 
     Frozen ones may be codes (8-bit integers, FP8), which are no numbers without their scale.
 
     Raises:
         ValueError: A parameter is still to be initialized.
     """
-    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    in_optimizer = {id(parameter) for parameter in _in(optimizers)}
     names = {}
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -74,11 +94,16 @@ def _measurable(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.P
     return names
 
 
-class Trained:
-    """What the optimizer trains, as training goes on."""
+def _in(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[torch.Tensor]:
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return (parameter for group in groups for parameter in group["params"])
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
+
+class Trained:
+    """What the optimizers train, as training goes on."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._model, self._optimizers = model, optimizers
         self._state = self._look()
 
     def changed(self) -> dict[nn.Parameter, str] | None:
@@ -87,11 +112,10 @@ class Trained:
         if state == self._state:
             return None
         self._state = state
-        return _measurable(self._model, self._optimizer)
+        return _measurable(self._model, self._optimizers)
 
     def _look(self) -> list[tuple[int, bool]]:
-        groups = self._optimizer.param_groups
-        return [(id(p), p.requires_grad) for group in groups for p in group["params"]]
+        return [(id(parameter), parameter.requires_grad) for parameter in _in(self._optimizers)]
 
 
 def forget_compiled(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ from typing import Final
 
 from foreshock.monitor.sampling import Cadence, Sampling
 
-__all__ = ["Budget", "Plan", "PlanBook"]
+__all__ = ["Budget", "Plan", "PlanBook", "first_plan"]
 
 _WINDOW: Final = 32
 _FIRST_DECISION: Final = 4
@@ -40,6 +40,17 @@ class Plan:
         return text
 
 
+def first_plan(cadence: Cadence, budget: float | None) -> Plan:
+    """The plan to begin with.
+
+    With a budget not every step is measured at first: what a step costs that is not measured must
+    have been seen before anything is planned.
+    """
+    if budget is not None and cadence.tensor_every == 1:
+        cadence = replace(cadence, tensor_every=2)
+    return Plan(cadence)
+
+
 class PlanBook:
     """Plans by the step from which they hold; written by the worker, read by the training."""
 
@@ -65,7 +76,7 @@ class Budget:
 
     Args:
         share: Largest allowed cost as a share of the step time without it.
-        plan: The plan to begin with.
+        plan: The plan to begin with; as `first_plan`, at which not every step is measured.
 
     Attributes:
         plan: The plan in force.
@@ -96,7 +107,7 @@ class Budget:
         bare = step_seconds / (1 + overhead_ratio)
         self._seconds.append(bare)
         (self._measured if measured else self._fixed).append(step_seconds - bare)
-        if len(self._measured) < _FIRST_DECISION:
+        if len(self._measured) < _FIRST_DECISION or not self._fixed:
             return None
         plan = self._fit()
         if plan == self.plan or not self._worth(plan):
@@ -115,7 +126,7 @@ class Budget:
     def _costs(self) -> tuple[float, float, float]:
         seconds = max(statistics.median(self._seconds), 1e-9)
         measured = statistics.median(self._measured)
-        fixed = statistics.median(self._fixed) if self._fixed else 0.0
+        fixed = statistics.median(self._fixed)
         part = self.plan.sampling.tensors / self.plan.sampling.row_stride
         return seconds, min(fixed, measured), max(measured - fixed, 0.0) / part
 

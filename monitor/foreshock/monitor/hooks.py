@@ -7,10 +7,13 @@ the training.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from weakref import ref
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from foreshock.monitor import ops
 from foreshock.monitor.collector import Collector
@@ -21,7 +24,16 @@ from foreshock.monitor.notices import MOST_MICRO_BATCHES
 from foreshock.monitor.placement import is_batched
 from foreshock.monitor.scalars import find_loss
 
-__all__ = ["ModelHooks", "count_modules", "find_layers", "is_watched", "plain_name", "unwrapped"]
+__all__ = [
+    "Callbacks",
+    "ModelHooks",
+    "find_layers",
+    "is_watched",
+    "modules_in",
+    "plain_name",
+    "uncovered",
+    "unwrapped",
+]
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -38,9 +50,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def count_modules(model: nn.Module) -> int:
-    """The model and everything in it."""
-    return sum(1 for _ in model.modules())
+def modules_in(model: nn.Module) -> int:
+    """A number that changes when a module of the model comes, goes or is replaced."""
+    return hash(tuple(map(id, model.modules())))
 
 
 def plain_name(name: str) -> str:
@@ -88,10 +100,41 @@ def find_layers(
     return chosen
 
 
+def uncovered(model: nn.Module, names: Mapping[nn.Parameter, str]) -> tuple[float, list[str]]:
+    """What of the trained matrices no watched kind of layer uses.
+
+    Args:
+        model: All of it; what a user leaves out by a regular expression counts as covered.
+        names: Trained parameters with their names. Those of one axis, and embeddings, which no
+            GEMM reads, are left aside.
+
+    Returns:
+        Share of the elements that is covered, names of the others, the largest first.
+    """
+    layers = [module for module, _ in _claimed(model).values()]
+    known = {id(p) for layer in layers for p in layer.parameters()}
+    looked_up = (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+    aside = {id(p) for module in looked_up for p in module.parameters()} - known
+    matrices = [p for p in names if p.ndim > 1 and id(p) not in aside]
+    missed = [p for p in matrices if id(p) not in known]
+    every = sum(p.numel() for p in matrices)
+    share = 1.0 - sum(p.numel() for p in missed) / every if every else 1.0
+    return share, [names[p] for p in sorted(missed, key=lambda p: -p.numel())]
+
+
 def _claimed(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]]:
     known = adapters()
     layers: dict[str, tuple[nn.Module, Adapter]] = {}
+    # It reads the weight of this layer and never calls it.
+    bypassed = {
+        id(module.out_proj)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        and type(module).forward is nn.MultiheadAttention.forward
+    }
     for name, module in model.named_modules():
+        if id(module) in bypassed:
+            continue
         adapter = next((adapter for adapter in known if adapter.claims(module)), None)
         if adapter is not None:
             layers[plain_name(name) or type(module).__name__] = (module, adapter)
@@ -107,6 +150,23 @@ def is_watched(model: nn.Module) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """Whom the hooks on a model tell what.
+
+    Attributes:
+        forward: The first training forward pass of a step begins.
+        micro_batch: Any one begins; called before `forward`.
+        endless: There have been `MOST_MICRO_BATCHES` more of them in one step.
+        loss: The loss that one returned.
+    """
+
+    forward: Callable[[], None]
+    micro_batch: Callable[[], None]
+    endless: Callable[[], None]
+    loss: Callable[[torch.Tensor], None]
+
+
 class ModelHooks:
     """The hooks of one model.
 
@@ -115,29 +175,24 @@ class ModelHooks:
         layers: Layers by name, each with its adapter.
         collector: Takes the tensors.
         guard: Around every hook.
-        on_forward: Called when a training forward pass of the model begins.
-        on_endless: Called after every `MOST_MICRO_BATCHES` of them in one step.
-        on_loss: Called with the loss that a training forward pass of the model returned.
+        callbacks: Whom to tell.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Mapping[str, tuple[nn.Module, Adapter]],
-        *,
         collector: Collector,
         guard: Guard,
-        on_forward: Callable[[], None],
-        on_endless: Callable[[], None],
-        on_loss: Callable[[torch.Tensor], None],
+        *,
+        callbacks: Callbacks,
     ) -> None:
-        self._on_forward, self._on_loss = on_forward, on_loss
-        self._on_endless = on_endless
+        self._callbacks = callbacks
         self._begun = False
         self._told = False
         self._collector = collector
-        collector.on_begin = self._begin
-        collector.on_loss = on_loss
+        collector.on_begin = self._pass_begins
+        collector.on_loss = callbacks.loss
         self._context = HookContext(collector, guard, self._begin, lambda: self._begun)
         self._handle = collector.handle
         self._handles = [
@@ -148,16 +203,29 @@ class ModelHooks:
                 self._context.hook(self._model_returns, self._traced_return)
             ),
         ]
-        self._names: set[str] = set()
-        self.attach_new(layers)
+        # Weakly: a layer that the model has let go of must not stay in memory.
+        self._layers: dict[str, tuple[ref[nn.Module], Sequence[RemovableHandle]]] = {}
+        try:
+            self.attach_new(layers)
+        except BaseException:
+            self.detach()
+            raise
 
     def attach_new(self, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> list[str]:
-        """Watch those layers that are not watched yet; their names."""
-        new = [name for name in layers if name not in self._names]
-        for name in new:
-            module, adapter = layers[name]
-            self._handles += adapter.attach(name, module, self._context)
-        self._names |= set(new)
+        """Watch those layers that are not watched yet, or have come in place of another.
+
+        Returns:
+            Their names.
+        """
+        new = []
+        for name, (module, adapter) in layers.items():
+            held, old = self._layers.get(name, (_nobody, ()))
+            if held() is module:
+                continue
+            for handle in old:
+                handle.remove()
+            self._layers[name] = ref(module), adapter.attach(name, module, self._context)
+            new.append(name)
         return new
 
     def start_step(self) -> None:
@@ -172,9 +240,10 @@ class ModelHooks:
 
     def detach(self) -> None:
         """Remove the hooks; output gradients of graphs still alive are no longer measured."""
-        for handle in self._handles:
+        of_layers = (handle for _, handles in self._layers.values() for handle in handles)
+        for handle in (*self._handles, *of_layers):
             handle.remove()
-        self._handles = []
+        self._handles, self._layers = [], {}
         self._collector.stop()
 
     def _model_begins(self, module: nn.Module, args: object, kwargs: object) -> None:
@@ -182,17 +251,17 @@ class ModelHooks:
             self._start_micro_batch()
 
     def _start_micro_batch(self) -> None:
-        self._begin()
+        self._pass_begins()
         self._context.new_micro_batch()
         if self._collector.micro_batch >= MOST_MICRO_BATCHES:
-            self._on_endless()
+            self._callbacks.endless()
         self._collector.start_micro_batch()
 
     def _model_returns(self, module: nn.Module, args: object, output: object) -> None:
         if self._context.model_returns(module):
             loss = find_loss(output)
             if loss is not None and not is_batched(loss):
-                self._on_loss(loss)
+                self._callbacks.loss(loss)
 
     def _traced_begin(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
@@ -207,7 +276,15 @@ class ModelHooks:
         if module.training and torch.is_grad_enabled() and loss is not None:
             ops.observe(loss, None, self._handle, 0, -1)
 
+    def _pass_begins(self) -> None:
+        self._callbacks.micro_batch()
+        self._begin()
+
     def _begin(self) -> None:
         if not self._begun:
             self._begun = True
-            self._on_forward()
+            self._callbacks.forward()
+
+
+def _nobody() -> None:
+    """No layer under this name yet."""

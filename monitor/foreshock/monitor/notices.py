@@ -11,16 +11,23 @@ from typing import Final
 
 from foreshock.monitor.record import Event
 
-__all__ = ["MOST_MICRO_BATCHES", "Notices"]
+__all__ = ["MOST_MICRO_BATCHES", "MOST_SKIPS", "Notices"]
 
 _LOGGER = logging.getLogger("foreshock.monitor")
+
+_WHICH_STEPS: Final = (
+    "is it the one that steps? Otherwise close this watch and call watch with that one"
+)
 
 MOST_MICRO_BATCHES: Final = 1024
 """What is kept of a step is bounded by so many forward passes."""
 
+MOST_SKIPS: Final = 32
+"""More of them in a row than a GradScaler needs to find its scale are no skipped steps."""
+
 
 class Notices:
-    """Events of the kinds `not_measured` and `layers_added`.
+    """Events of the kinds `not_measured`, `step_skipped` and `layers_added`.
 
     Args:
         rank: This process's global rank.
@@ -50,9 +57,35 @@ class Notices:
     def no_step(self) -> list[Event]:
         """Forward passes come and the optimizer never steps."""
         return self._once(
-            f"{MOST_MICRO_BATCHES} forward passes without a step of the watched optimizer; is it "
-            "the one that steps? Otherwise close this watch and call watch with that one. What "
-            "came since its last step is left out"
+            f"{MOST_MICRO_BATCHES} forward passes without a step of the watched optimizer; "
+            f"{_WHICH_STEPS}. What came since its last step is left out"
+        )
+
+    def uncovered(self, share: float, names: Sequence[str]) -> list[Event]:
+        """Trained matrices that no watched layer uses.
+
+        Args:
+            share: Of the elements that are in watched layers.
+            names: Of the others.
+        """
+        if not names:
+            return []
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return self._once(
+            f"{share:.0%} of the elements of trained matrices are in layers that can be watched; "
+            f"not {', '.join(names[:5])}{more}"
+        )
+
+    def skipped_step(self) -> list[Event]:
+        """Gradients came and were thrown away, as after an overflow under a GradScaler."""
+        detail = "its gradients were thrown away without a step of the optimizer"
+        return [Event("step_skipped", rank=self._rank, detail=detail)]
+
+    def all_skipped(self) -> list[Event]:
+        """That goes on and on."""
+        return self._once(
+            f"{MOST_SKIPS} times in a row gradients were thrown away without a step of the "
+            f"watched optimizer; {_WHICH_STEPS}"
         )
 
     def layers_added(self, names: Sequence[str]) -> list[Event]:

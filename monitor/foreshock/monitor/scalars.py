@@ -5,7 +5,7 @@ Reads parameters and gradients and writes nothing. Reads no value on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Final
@@ -40,7 +40,9 @@ SAMPLED_ELEMENTS: Final = 4096
 def find_loss(output: object) -> torch.Tensor | None:
     """The loss in what a model returned.
 
-    A 0-dim floating tensor, `.loss`, `["loss"]`, or the first 0-dim floating tensor in a tuple.
+    A 0-dim floating tensor, `.loss` or `["loss"]`. In a tuple or list, the first 0-dim floating
+    tensor that gradients can come through, so that no measure beside the loss is taken for it;
+    the first one at all where none has a graph.
     """
     if isinstance(output, Mapping):
         candidates: Sequence[object] = (output.get("loss"),)
@@ -48,24 +50,27 @@ def find_loss(output: object) -> torch.Tensor | None:
         candidates = (getattr(output, "loss", None), *output)
     else:
         candidates = (output, getattr(output, "loss", None))
-    losses = (
+    losses = [
         candidate
         for candidate in candidates
         if isinstance(candidate, torch.Tensor)
         and candidate.ndim == 0
         and candidate.is_floating_point()
-    )
-    return next(losses, None)
+    ]
+    return next((loss for loss in losses if loss.requires_grad), losses[0] if losses else None)
 
 
-def learning_rate(optimizer: torch.optim.Optimizer) -> Value | None:
+def learning_rate(optimizers: Iterable[torch.optim.Optimizer]) -> Value | None:
     """The largest over the parameter groups; a tensor is not waited for."""
-    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    if not rates:
-        return None
-    if isinstance(rates[0], torch.Tensor):
-        return one_value("learning_rate", rates[0])
-    return max(float(rate) for rate in rates)
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    rates = [group["lr"] for group in groups if "lr" in group]
+    values = [one_value("learning_rate", rate) for rate in rates]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    numbers = [value for value in values if not isinstance(value, torch.Tensor)]
+    if not tensors:
+        return max(numbers, default=None)
+    largest = torch.stack(tensors).max()
+    return largest.clamp(min=max(numbers)) if numbers else largest
 
 
 def mean(values: Sequence[torch.Tensor | float]) -> torch.Tensor | float:
@@ -131,6 +136,7 @@ class GradientNorms:
         self._known: tuple[list[torch.Tensor], tuple[str, ...]] = ([], ())
         self._guard = guard
         self._names = names
+        self._held: torch.Tensor | None = None
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
             for parameter in names
@@ -149,10 +155,22 @@ class GradientNorms:
             return self._norms[-1]
         return _last_of_each(self._norms)
 
+    @property
+    def thrown_away(self) -> bool:
+        """Whether gradients came, no optimizer has used them, and they are gone."""
+        return self._held is not None and self._held.grad is None
+
+    def use(self) -> bool:
+        """An optimizer is about to step: whether what came, if it did, is still there for it."""
+        there = not self.thrown_away
+        self._held = None
+        return there
+
     def start_step(self) -> None:
         """Forget the step that ended."""
         self._norms = []
         self._came = []
+        self._held = None
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -182,6 +200,7 @@ class GradientNorms:
             held = [p for p in dict.fromkeys(came) if p.grad is not None]
             if not held:
                 return
+            self._held = held[0]
             gradients = [_values(p.grad) for p in held if p.grad is not None]
             norms = Norms(self._names_of(held), (_stacked(_norms(gradients)),))
             if _capturing(norms):
@@ -253,8 +272,9 @@ class Parameters:
         return 0 if weights is None else 3 * weights.numel() * weights.element_size()
 
     def before_step(self) -> None:
-        """Take the sample that the step is about to change."""
-        self._before = self._sample()
+        """Take the sample that the step is about to change, unless it is taken."""
+        if self._before is None:
+            self._before = self._sample()
 
     def norms(self) -> Norms:
         """Each parameter's norm; of a sharded one, the local shard's."""
@@ -309,20 +329,25 @@ class OptimizerTensors:
 
     _ROLES: Final = ("exp_avg", "exp_avg_sq", "master_weight")
 
-    def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
-        self._optimizer = optimizer
+    def __init__(
+        self, optimizers: Sequence[torch.optim.Optimizer], names: Mapping[nn.Parameter, str]
+    ) -> None:
+        self._optimizers = optimizers
         self._names = names
 
-    def gradients(self, collector: Collector) -> None:
-        """Measure the gradients, clipped if the loop clips."""
-        for parameter, name in self._names.items():
-            if parameter.grad is not None and not parameter.grad.is_sparse:
-                _observe(collector, name, "grad_weight", parameter.grad)
+    def gradients(self, collector: Collector, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the gradients that one optimizer is about to use, clipped if the loop clips."""
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            name = self._names.get(parameter)
+            gradient = parameter.grad
+            if name is not None and gradient is not None and not gradient.is_sparse:
+                _observe(collector, name, "grad_weight", gradient)
 
     def moments(self, collector: Collector) -> None:
         """Measure the state of each parameter."""
         for parameter, name in self._names.items():
-            state = self._optimizer.state.get(parameter) or {}
+            states = [optimizer.state.get(parameter) for optimizer in self._optimizers]
+            state: Mapping[str, object] = next(filter(None, states), {})
             for role in self._ROLES:
                 value = state.get(role)
                 if isinstance(value, torch.Tensor) and value.ndim and value.is_floating_point():

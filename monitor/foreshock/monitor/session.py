@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,17 +21,24 @@ import torch
 from torch import nn
 
 from foreshock.monitor import te_exact
-from foreshock.monitor.assembly import Assembler
-from foreshock.monitor.attach import Trained, forget_compiled, ranks, trained_parameters
-from foreshock.monitor.budget import Budget, Plan, PlanBook
+from foreshock.monitor.attach import Trained, all_of, forget_compiled, ranks, trained_parameters
+from foreshock.monitor.budget import PlanBook, first_plan
 from foreshock.monitor.clock import Clock
 from foreshock.monitor.collector import Collector, Taken
 from foreshock.monitor.guard import Guard
-from foreshock.monitor.hooks import ModelHooks, count_modules, find_layers, unwrapped
+from foreshock.monitor.hooks import (
+    Callbacks,
+    ModelHooks,
+    find_layers,
+    modules_in,
+    uncovered,
+    unwrapped,
+)
 from foreshock.monitor.layers import Adapter
-from foreshock.monitor.notices import Notices
-from foreshock.monitor.placement import local_of, replicas
-from foreshock.monitor.rank_reports import Reporter
+from foreshock.monitor.loss_scale import LossScale
+from foreshock.monitor.notices import MOST_SKIPS, Notices
+from foreshock.monitor.outlets import Outlets, Placed
+from foreshock.monitor.placement import local_of
 from foreshock.monitor.ranks import Ranks
 from foreshock.monitor.sampling import Cadence
 from foreshock.monitor.scalars import (
@@ -48,12 +56,10 @@ from foreshock.monitor.settings import (
     default_token,
     default_url,
 )
-from foreshock.monitor.shipping import Service, Shipper
 from foreshock.monitor.sinks import Sink
-from foreshock.monitor.spool import Spool
+from foreshock.monitor.stepping import OptimizerHooks
 from foreshock.monitor.steps import Losses, Step, closing_events, planned_event, snapshot_of
 from foreshock.monitor.whatif import what_if_of
-from foreshock.monitor.worker import Worker
 
 __all__ = ["Watch", "watch"]
 
@@ -64,7 +70,7 @@ _ERRORS_TO_DETACH: Final = 100
 
 def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     *,
     run: str,
     project: str = "default",
@@ -83,17 +89,20 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
     what_if: Sequence[str] = (),
     optimizer_states: bool = False,
     histogram: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Watch:
     """Watch a training run.
 
     Call it after the model is on its device, wrapped (DDP, FSDP2, tensor parallel) and compiled,
     and before the first step; in a job of several processes, in each of them. Nothing else in the
-    loop changes. The loss is picked up when the model's forward returns it, else call
-    `log(loss=...)`.
+    loop changes. The loss is picked up when the model's forward returns it: as a 0-dim tensor, as
+    `.loss` or `["loss"]`, or as the first 0-dim tensor of a tuple that gradients can come through.
+    Else call `log(loss=...)`.
 
     Args:
         model: Its linear layers are watched.
-        optimizer: Its `step` ends a step.
+        optimizer: Its `step` ends a step. Of several in a list, each of which trains a part of the
+            model, the step of the last one does.
         run: Name of the run.
         project: Group of runs.
         url: Service; None takes FORESHOCK_URL (token from FORESHOCK_TOKEN), and if that is unset
@@ -117,6 +126,8 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
             mxfp8, block128, nvfp4.
         optimizer_states: Measure the optimizer's moments and the weight gradients too.
         histogram: Count the elements of each tensor by their power of two.
+        scaler: The loop's GradScaler, if it has one: grad_norm is then that of the gradients
+            without the scale, and the scale is recorded as loss_scale.
 
     Raises:
         ValueError: A value is not allowed, or the model cannot be watched; the message says why.
@@ -142,7 +153,7 @@ def watch(  # noqa: PLR0913 - the public face: one call, every choice by name
         optimizer_states=optimizer_states,
         histogram=histogram,
     )
-    return Watch(model, optimizer, settings)
+    return Watch(model, optimizer, settings, scaler=scaler)
 
 
 class Watch:
@@ -158,19 +169,27 @@ class Watch:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: WatchSettings
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        settings: WatchSettings,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        names = trained_parameters(model, optimizer)
+        self._optimizers = all_of(optimizer)
+        names = trained_parameters(model, self._optimizers)
         self._model = unwrapped(model)
         layers = find_layers(self._model, include=settings.include, exclude=settings.exclude)
         self.settings = settings
         self.device = local_of(next(iter(names))).device
+        self._scale = LossScale(scaler)
         self._guard = Guard("training thread")
-        self._plans = PlanBook(Plan(settings.cadence))
+        self._plans = PlanBook(first_plan(settings.cadence, settings.budget))
         self._step = self._new_step(settings.first_step)
         self._ended: Step | None = None
         self._clock = Clock(self._guard)
         self._rate: Value | None = None
+        self._skips = 0
         self._closed = False
         self._process = os.getpid()
         self._rank, world_size = ranks()
@@ -181,92 +200,63 @@ class Watch:
         if group is not None:
             self.settings = replace(settings, launch_id=group.agreed(settings.launch_id))
         if self._active:
-            self._open_ways_out(group, world_size, names)
-            self._attach(optimizer, layers, names)
+            placed = Placed(self._rank, world_size, group, self.device)
+            self._outlets = Outlets(
+                self.settings, self.layers, placed, plans=self._plans, guard=self._guard
+            )
+            self._outlets.share(names)
+            self._attach(layers, names)
             atexit.register(self.close)
-
-    def _open_ways_out(
-        self, group: Ranks | None, world_size: int, names: Mapping[nn.Parameter, str]
-    ) -> None:
-        settings = self.settings
-        self._spool = self._shipper = None
-        if settings.spool is not None and self._rank == 0:
-            target = settings.target
-            service = Service(target, token=settings.token) if target else None
-            registration = settings.registration(self.layers, world_size=world_size)
-            self._spool = Spool(settings.spool, registration, max_bytes=settings.max_spool_bytes)
-            if service is not None:
-                self._shipper = Shipper(service, self._spool.outbox, root=settings.spool)
-        self._reporter = Reporter.of(settings, self._rank, self.device, lambda: self.errors)
-        self._shares = {name: replicas(parameter) for parameter, name in names.items()}
-        self._assembler = Assembler(
-            self.layers,
-            rank=self._rank,
-            ranks=group,
-            shares=self._shares,
-            plans=self._plans,
-            budget=Budget(settings.budget, Plan(settings.cadence)) if settings.budget else None,
-            reporter=self._reporter,
-        )
-        self._worker = Worker(
-            self._assembler,
-            spool=self._spool,
-            sinks=settings.sinks if self._rank == 0 else (),
-            guards=(self._guard, self._assembler.guard),
-            on_sealed=self._shipper.notify if self._shipper else lambda: None,
-            # The others wait for this process's part of every step.
-            keeps_place=group is not None,
-        )
 
     def _attach(
         self,
-        optimizer: torch.optim.Optimizer,
         layers: Mapping[str, tuple[nn.Module, Adapter]],
         names: Mapping[nn.Parameter, str],
     ) -> None:
-        self._losses = Losses(self.device)
-        probe = self.settings.probe
-        self._collector = Collector(
-            self.device,
-            probe=self.device.type == "cpu" if probe is None else probe,
-            what_if=what_if_of(self.settings.what_if),
-            count_exponents=self.settings.histogram,
-        )
-        self._hooks = ModelHooks(
-            self._model,
-            layers,
-            collector=self._collector,
-            guard=self._guard,
-            on_forward=self._forward_begins,
-            on_endless=self._leave_out,
-            on_loss=self._losses.came,
-        )
-        if forget_compiled(self._model):
-            _LOGGER.info("the model has run compiled; it is compiled anew, with the hooks")
-        self._modules = count_modules(self._model)
-        self._notices = Notices(self._rank)
-        self._trained = Trained(self._model, optimizer)
-        self._start_collecting()
-        self._gradients = GradientNorms(names, self._guard)
-        self._parameters = Parameters(names)
-        self._states = (
-            OptimizerTensors(optimizer, names) if self.settings.optimizer_states else None
-        )
-        self._stepping = False
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_optimizer),
-            optimizer.register_step_post_hook(self._after_optimizer),
-        ]
+        """Put every hook on the model, or none: if one fails, all is closed again."""
+        with ExitStack() as undo:
+            undo.callback(self._outlets.close, 0.0)
+            self._losses = Losses(self.device)
+            probe = self.settings.probe
+            self._collector = Collector(
+                self.device,
+                probe=probe or (probe is None and self.device.type == "cpu"),
+                what_if=what_if_of(self.settings.what_if),
+                count_exponents=self.settings.histogram,
+            )
+            callbacks = Callbacks(
+                self._forward_begins, self._look_for_a_skip, self._leave_out, self._losses.came
+            )
+            self._hooks = ModelHooks(
+                self._model, layers, self._collector, self._guard, callbacks=callbacks
+            )
+            undo.callback(self._hooks.detach)
+            if forget_compiled(self._model):
+                _LOGGER.info("the model has run compiled; it is compiled anew, with the hooks")
+            self._modules = modules_in(self._model)
+            self._notices = Notices(self._rank)
+            self._step.events += self._notices.uncovered(*uncovered(self._model, names))
+            self._trained = Trained(self._model, self._optimizers)
+            self._start_collecting()
+            self._gradients = GradientNorms(names, self._guard)
+            undo.callback(self._gradients.detach)
+            self._parameters = Parameters(names)
+            wants_states = self.settings.optimizer_states
+            self._states = OptimizerTensors(self._optimizers, names) if wants_states else None
+            self._stepping = OptimizerHooks(
+                self._optimizers, self._before_optimizer, self._after_optimizers
+            )
+            undo.pop_all()
 
     @property
     def folder(self) -> Path | None:
         """Where the records of this launch wait on disk, if they do."""
-        return self._spool.outbox.folder if self._active and self._spool else None
+        return self._outlets.folder if self._active else None
 
     @property
     def errors(self) -> int:
         """Failures of the monitor so far."""
-        return self._guard.errors + self._worker.guard.errors if self._active else 0
+        return self._guard.errors + self._outlets.errors if self._active else 0
 
     def log(self, **values: torch.Tensor | float) -> None:
         """Record scalars of the step that is in progress, or has just ended.
@@ -277,7 +267,7 @@ class Watch:
         Args:
             **values: Numbers, or tensors of one element; a tensor is not waited for.
         """
-        if not self._active or not self._handles:
+        if not self._active or not self._stepping:
             return
         step = self._ended or self._step
         for name, value in values.items():
@@ -297,7 +287,7 @@ class Watch:
 
         It stands in the record of the step in progress, or of the next one between two steps.
         """
-        if not self._active or not self._handles:
+        if not self._active or not self._stepping:
             return
         with self._guard:
             event = planned_event(kind, detail, layer=layer, role=role, rank=self._rank)
@@ -309,7 +299,7 @@ class Watch:
             return True
         with self._guard:
             self._publish()
-        return self._worker.flush(timeout)
+        return self._outlets.flush(timeout)
 
     def detach(self) -> None:
         """Take every hook off the model; `log` and `event` do nothing more. Training goes on."""
@@ -317,9 +307,7 @@ class Watch:
             return
         self._hooks.detach()
         self._gradients.detach()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._stepping.detach()
 
     def close(self, timeout: float = 5.0) -> bool:
         """Detach, finish the records, ship for at most `timeout` seconds.
@@ -337,12 +325,7 @@ class Watch:
             if self._ended is not None:
                 self._ended.events += [*self._step.events, *closing_events(self._rank)]
             self._publish()
-        done = self._worker.close(timeout)
-        if self._shipper is not None:
-            done = self._shipper.close(timeout) and done
-        if self._spool is not None and done:
-            done = self._spool.close()
-        return done if self._reporter is None else self._reporter.close(timeout) and done
+        return self._outlets.close(timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -389,27 +372,40 @@ class Watch:
             return
         self._publish()
         self._clock.start()
+        self._scale.start_step()
 
-    def _before_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, again: bool) -> None:
         if self._capturing():
             return
-        again, self._stepping = self._stepping, True
         with self._guard:
-            self._rate = learning_rate(optimizer)
+            # One that works on other gradients than backward's: that those are gone says nothing.
+            self._skips = 0 if self._gradients.use() else MOST_SKIPS
+            self._rate = learning_rate(self._optimizers)
+            if (overflow := self._scale.overflow(optimizer)) is not None:
+                self._step.scalars["found_inf"] = one_value("found_inf", overflow)
             if self._reads_parameters(self._step):
                 self._parameters.before_step()
             if self._states is not None and self._step.measured and not again:
-                self._states.gradients(self._collector)
+                self._states.gradients(self._collector, optimizer)
 
-    def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        # A `step` that calls its base class's is told of twice, and is one.
-        if self._capturing() or not self._stepping:
+    def _after_optimizers(self) -> None:
+        if self._capturing():
             return
-        self._stepping = False
         if self._states is not None and self._step.measured:
             with self._guard:
                 self._states.moments(self._collector)
         self._end()
+
+    def _look_for_a_skip(self) -> None:
+        """A forward pass begins: if the gradients have gone without a step, that was one."""
+        if self._skips < MOST_SKIPS and self._gradients.thrown_away and not self._capturing():
+            self._skips += 1
+            self._step.events += self._notices.skipped_step()
+            if self._skips == MOST_SKIPS:
+                self._step.events += self._notices.all_skipped()
+            self._publish()
+            self._end_step(self._collector.take())
+            self._start_collecting()
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -429,7 +425,6 @@ class Watch:
                 self._look_for_new_parameters()
         with self._guard:
             self._start_collecting()
-            te_exact.step()
         if self._guard.errors >= _ERRORS_TO_DETACH:
             _LOGGER.error("the monitor failed %d times and lets go", self._guard.errors)
             self.detach()
@@ -440,7 +435,7 @@ class Watch:
         number = step.number + 1
         self._step = self._new_step(number)
         step.time = datetime.now(UTC)
-        step.gradients = self._gradients.norms()
+        step.gradients = self._scale.without(self._gradients.norms())
         self._gradients.start_step()
         step.losses = self._losses.take()
         step.events += self._notices.skipped(self._collector.skipped)
@@ -448,9 +443,11 @@ class Watch:
         if step.nothing_ran and self._collector.sampling.tensors == 1 and not explained:
             step.events += self._notices.nothing_ran()
         self._ended = step
-        step.scalars |= self._clock.step(self._assembler.kernel_seconds if step.measured else 0.0)
-        if self._rate is not None:
-            step.scalars["learning_rate"] = self._rate
+        step.scalars |= self._clock.step(
+            self._outlets.assembler.kernel_seconds if step.measured else 0.0
+        )
+        found = {"learning_rate": self._rate, "loss_scale": self._scale.value}
+        step.scalars |= {name: value for name, value in found.items() if value is not None}
         if self.settings.tokens_per_step is not None:
             step.scalars["tokens"] = float(number * self.settings.tokens_per_step)
         ratio = self._parameters.update_ratio()
@@ -461,6 +458,7 @@ class Watch:
         if step.measured and step.detailed:
             own = self._collector.bytes_of(taken) + self._parameters.bytes
             step.scalars["monitor_bytes"] = float(own)
+        te_exact.step()
 
     def _reads_parameters(self, step: Step) -> bool:
         # On a GPU reading every parameter costs as much as measuring the weights once more.
@@ -469,16 +467,17 @@ class Watch:
     def _leave_out(self) -> None:
         """Too many forward passes without a step: let go of what was kept of them."""
         self._step.events += self._notices.no_step()
+        self._skips = MOST_SKIPS
         self._step.measured = False
         self._losses.take()
         self._collector.take()
         self._collector.start_step(measuring=False)
 
     def _look_for_new_layers(self) -> None:
-        """Watch layers that came after the watch; asked where tensors are measured anyway."""
-        if count_modules(self._model) == self._modules:
+        """Watch layers that came after the watch, or in place of others."""
+        if modules_in(self._model) == self._modules:
             return
-        self._modules = count_modules(self._model)
+        self._modules = modules_in(self._model)
         settings = self.settings
         found = find_layers(self._model, include=settings.include, exclude=settings.exclude)
         self._step.events += self._notices.layers_added(self._hooks.attach_new(found))
@@ -487,7 +486,7 @@ class Watch:
         """Follow what is unfrozen or given to the optimizer after the watch."""
         names = self._trained.changed()
         if names is not None:
-            self._shares |= {name: replicas(parameter) for parameter, name in names.items()}
+            self._outlets.share(names)
             self._gradients.detach()
             self._gradients = GradientNorms(names, self._guard)
             self._parameters = Parameters(names)
@@ -496,4 +495,4 @@ class Watch:
         """Hand the step that has ended to the worker."""
         step, self._ended = self._ended, None
         if step is not None:
-            self._worker.submit(snapshot_of(step, self.device))
+            self._outlets.submit(snapshot_of(step, self.device))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreshock.monitor.integrations.optimizers import bare
+from foreshock.monitor.integrations.optimizers import bare, scaler_of
 from foreshock.monitor.session import Watch, watch
 
 try:
@@ -58,7 +58,8 @@ class ForeshockTracker(GeneralTracker):  # type: ignore[misc]
     def watch(self, model: nn.Module, optimizer: object) -> Watch:
         """Watch a model and an optimizer as `accelerator.prepare` returned them."""
         self.finish()
-        self._watch = watch(model, bare(optimizer), run=self._run, **self._options)
+        options: dict[str, Any] = {"scaler": scaler_of(optimizer)} | self._options
+        self._watch = watch(model, bare(optimizer), run=self._run, **options)
         return self._watch
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:

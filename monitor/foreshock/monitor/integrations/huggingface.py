@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from foreshock.monitor.guard import Guard
-from foreshock.monitor.integrations.optimizers import bare
+from foreshock.monitor.integrations.optimizers import bare, scaler_of
 from foreshock.monitor.layers.adapter import Hook
 from foreshock.monitor.scalars import find_loss
 from foreshock.monitor.session import Watch, watch
@@ -60,12 +60,10 @@ class ForeshockCallback(TrainerCallback):  # type: ignore[misc]
         """Attach to the model and the optimizer as the Trainer has prepared them."""
         self.close()
         model: nn.Module = kwargs["model"]
+        optimizer = kwargs["optimizer"]
+        options: dict[str, Any] = {"scaler": scaler_of(optimizer)} | self._options
         self.watch = watch(
-            model,
-            bare(kwargs["optimizer"]),
-            run=self._run,
-            first_step=state.global_step,
-            **self._options,
+            model, bare(optimizer), run=self._run, first_step=state.global_step, **options
         )
         # The loss of a rank is then divided by the tokens of all ranks.
         self._factor = float(args.world_size) if args.average_tokens_across_devices else 1.0

@@ -9,6 +9,8 @@ import logging
 import os
 from typing import Any
 
+import torch
+
 from foreshock.monitor.integrations.optimizers import bare
 from foreshock.monitor.scalars import find_loss
 from foreshock.monitor.session import Watch, watch
@@ -26,7 +28,8 @@ class LightningHooks:
 
     Args:
         run: Name of the run; None takes FORESHOCK_RUN.
-        optimizer: Which of several optimizers ends a step.
+        optimizer: Which of several optimizers, all of which are watched, ends a step; the last one
+            unless told otherwise.
         attached_by_itself: Nobody asked for it in code, so it gives way to a callback that
             somebody did ask for, and what cannot be watched is logged and not raised.
         **options: As `foreshock.monitor.watch` takes them; `first_step` comes from the trainer.
@@ -42,7 +45,7 @@ class LightningHooks:
         self,
         run: str | None = None,
         *,
-        optimizer: int = 0,
+        optimizer: int = -1,
         attached_by_itself: bool = False,
         **options: Any,
     ) -> None:
@@ -94,13 +97,13 @@ class LightningHooks:
         self._close()
 
     def _attach(self, trainer: Any, pl_module: Any) -> None:
-        self.watch = watch(
-            pl_module,
-            bare(trainer.optimizers[self._optimizer]),
-            run=self._run,
-            first_step=trainer.global_step,
-            **self._options,
-        )
+        optimizers = [bare(optimizer) for optimizer in trainer.optimizers]
+        optimizers.append(optimizers.pop(self._optimizer))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        found: dict[str, Any] = {"first_step": trainer.global_step}
+        if isinstance(scaler, torch.amp.GradScaler):
+            found["scaler"] = scaler
+        self.watch = watch(pl_module, optimizers, run=self._run, **(found | self._options))
 
     def _close(self) -> None:
         ended, self.watch = self.watch, None

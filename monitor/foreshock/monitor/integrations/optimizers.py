@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["bare"]
+__all__ = ["bare", "scaler_of"]
 
 
 def bare(optimizer: object) -> torch.optim.Optimizer:
@@ -22,3 +22,9 @@ def bare(optimizer: object) -> torch.optim.Optimizer:
             f"optimizer is a {type(optimizer).__name__} with no torch.optim.Optimizer inside"
         )
     return optimizer
+
+
+def scaler_of(optimizer: object) -> torch.amp.GradScaler | None:
+    """The GradScaler that Accelerate keeps beside the optimizer, if there is one."""
+    scaler = getattr(optimizer, "scaler", None)
+    return scaler if isinstance(scaler, torch.amp.GradScaler) else None

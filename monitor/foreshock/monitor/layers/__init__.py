@@ -18,6 +18,7 @@ __all__ = ["Adapter", "HookContext", "adapters"]
 # Library, module and class of its adapter; its layers subclass nn.Linear or nothing of torch's,
 # so they are asked before the plain one.
 _OPTIONAL: Final = (
+    ("transformers.pytorch_utils", "foreshock.monitor.layers.conv1d", "Conv1DAdapter"),
     ("torchao", "foreshock.monitor.layers.torchao", "TorchaoAdapter"),
     (
         "transformer_engine",

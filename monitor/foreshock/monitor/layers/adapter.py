@@ -71,6 +71,14 @@ class Hook:
         else:
             self._run(*args)
 
+    @property
+    def __name__(self) -> str:
+        # Asked by torch.jit.script, which compiles hooks and fails on what is no plain function.
+        raise AttributeError(
+            "a watched model cannot be compiled by torch.jit.script; close the watch first, or "
+            "script a copy.deepcopy of the model made before the watch"
+        )
+
     def _guarded(self, *args: Any) -> None:
         with self.guard:
             if not torch._C._len_torch_dispatch_stack():
@@ -144,7 +152,7 @@ class HookContext:
         if not torch.is_grad_enabled():
             # A pass of the whole model for its values alone is never repeated.
             if not self._for_values:
-                self._without_graph[module] = self._without_graph.get(module, 0) + 1
+                self._note_values(module)
             return False
         # Inside a backward pass a forward runs only to recompute what was not kept.
         if torch._C._current_graph_task_id() == -1 or self._for_graph:
@@ -152,6 +160,16 @@ class HookContext:
         waiting = self._without_graph.get(module, 0)
         self._without_graph[module] = max(waiting - 1, 0)
         return waiting > 0
+
+    def _note_values(self, module: nn.Module) -> None:
+        """A call without gradients: one more to come again with them, or such a one come again."""
+        waiting = self._without_graph.get(module, 0)
+        if torch._C._current_graph_task_id() != -1:
+            self._without_graph[module] = max(waiting - 1, 0)
+        elif not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()):
+            # A reentrant checkpoint is an autograd function, in which both kinds of gradients are
+            # off; a call under torch.no_grad is for its values, and stays so when it is repeated.
+            self._without_graph[module] = waiting + 1
 
     def next_call(self, name: str) -> int:
         """0-based count of the layer's calls within the micro-batch."""

@@ -42,6 +42,10 @@ class OperandOf:
         """The cast of this very tensor, where its scale does not follow from its amax alone."""
         return self(role, compute)
 
+    def weight(self, module: nn.Module) -> object:
+        """The weight, outputs x inputs."""
+        return module.weight
+
 
 class _Told(OperandOf):
     """Asks the layer."""
@@ -84,7 +88,7 @@ def watch_gemm(
     The hook goes first, so that it sees what the module itself made: a tensor-parallel or sharding
     wrapper converts afterwards.
     """
-    held = None if _remakes_weight(module) else module.weight
+    held = None if _remakes_weight(module) else operand_of.weight(module)
     weight = local_of(held) if isinstance(held, torch.Tensor) else None
     outputs, inputs = weight.shape if weight is not None and weight.ndim == 2 else (0, 0)
     features = {"input": inputs, "weight": inputs, "grad_output": outputs}
@@ -129,8 +133,10 @@ class _Gemm:
             call.observe("input", operand, compute or operand.dtype)
         if _remakes_weight(module):
             collector.skipped.add((self._name, "weight"))
-        elif isinstance(weight := module.weight, torch.Tensor) and collector.weighs(self._name):
-            self.observe("weight", weight, compute or weight.dtype, 0)
+        elif collector.weighs(self._name):
+            weight = self._operand_of.weight(module)
+            if isinstance(weight, torch.Tensor):
+                self.observe("weight", weight, compute or weight.dtype, 0)
         if result is not None and result.requires_grad:
             result.register_hook(self._context.hook(call.gradient_came))  # type: ignore[no-untyped-call]
 
@@ -151,7 +157,7 @@ class _Gemm:
             self._hand_over("input", operand, compute)
         if _remakes_weight(module):
             self._collector.skipped.add((self._name, "weight"))
-        elif isinstance(weight := module.weight, torch.Tensor):
+        elif isinstance(weight := self._operand_of.weight(module), torch.Tensor):
             self._hand_over("weight", weight, compute)
         if result is not None and result.requires_grad:
             result.register_hook(self._hand_gradient_over)  # type: ignore[no-untyped-call]

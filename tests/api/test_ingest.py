@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foreshock.api import ingest as ingest_module
 from foreshock.api.ingest import (
     BatchConflict,
     CommitListener,
@@ -288,6 +290,33 @@ def test_the_queue_is_bounded_and_stopping_finishes_it(
     assert not made.alive
     assert all(not future.result(0).duplicate for future in futures)
     assert len(losses(parts, run_id)) == len(futures)
+
+
+def test_what_waited_for_the_group_before_does_not_wait_for_its_own(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, launch = parts.launch()
+    hours = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: 3600 * hours[0])
+    monkeypatch.setattr(ingest_module, "time", clock)
+    gate, append = threading.Event(), parts.store.append
+
+    def slow(groups: Sequence[Mapping[str, pa.Table]]) -> None:
+        gate.wait(30)
+        append(groups)
+
+    monkeypatch.setattr(parts.store, "append", slow)
+    limits = IngestLimits(group_batches=2, group_seconds=3600)
+    made = Ingest(parts.registry, parts.store, NoListener(), limits=limits)
+    made.start()
+    first = [made.submit(incoming(run_id, launch, i, make_records(i, 1))) for i in range(2)]
+    while made.waiting:
+        time.sleep(0.001)
+    late = made.submit(incoming(run_id, launch, 2, make_records(2, 1)))
+    hours[0] = 1.0
+    gate.set()
+    assert [future.result(30).records for future in (*first, late)] == [1, 1, 1]
+    made.stop()
 
 
 def test_the_listener_hears_of_each_attempt_once_and_may_fail(parts: Parts) -> None:

@@ -59,7 +59,7 @@ class Bench:
         store = self.store
         for table in FACT_TABLES:
             if isinstance(store, ClickHouseStore):
-                store._facts.command(
+                store._derived.command(
                     f"ALTER TABLE {table} DELETE WHERE run_id = {{run:String}}"
                     " SETTINGS mutations_sync = 2",
                     {"run": run},
@@ -236,7 +236,7 @@ def test_only_rollups_are_read_where_they_are_whole(bench: Bench) -> None:
     store, sql = bench.store, "tensor_stats {} amax = 1e9 WHERE run_id = '" + run + "'"
     if isinstance(store, ClickHouseStore):
         sql = sql.format("UPDATE")
-        store._facts.command(f"ALTER TABLE {sql} SETTINGS mutations_sync = 2")
+        store._derived.command(f"ALTER TABLE {sql} SETTINGS mutations_sync = 2")
     else:
         assert isinstance(store, SqliteStore)
         store._writer.execute("UPDATE " + sql.format("SET"))

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from foreshock.api.store import Limits, SeriesKey, StoreError, View
+from foreshock.api.store import Limits, SeriesKey, StoreError, StoreUnreachable, View
 from foreshock.api.store_clickhouse import ClickHouseStore
-from foreshock.api.store_engine import open_chdb
+from foreshock.api.store_engine import Writer, open_chdb
 from foreshock.api.store_query import heatmap_sql
 from foreshock.api.store_schema import RISK_SCHEMA
 from foreshock.monitor.record import (
@@ -182,7 +183,7 @@ def test_the_newest_row_of_a_key_wins_before_and_after_merging(store: ClickHouse
         records = table_to_records(store.record_window(run, 1, 0, 9))
         assert [len(r.tensors) for r in records] == [6, 6, 6]
         for table in ("scalars", "tensor_stats", "steps"):
-            store._facts.command(f"OPTIMIZE TABLE {table} FINAL")
+            store._derived.command(f"OPTIMIZE TABLE {table} FINAL")
     # The newer one was not acknowledged after all, and a merge has not eaten the older one.
     store.discard_after(top)
     assert store.scalar_series(View(run), "loss", 9).mean == (0.0, 1.0, 2.0)
@@ -220,6 +221,34 @@ def test_rows_whose_step_is_not_written_yet_stay_out(store: ClickHouseStore) -> 
     assert store.scalar_window(run, 1, 0, 99)["loss"].to_pylist() == [0.0, 1.0]
     assert store.scalar_series(View(run), "loss", 99).step == (0, 1)
     assert store.heatmap(View(run), "input", "amax", 99).steps == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("away", "nothing_is_in"),
+    [
+        ({"scalars"}, False),
+        ({"tensor_stats", "scalars"}, True),
+        ({"steps"}, False),
+    ],
+)
+def test_only_a_group_of_which_nothing_is_in_counts_as_not_sent(
+    store: ClickHouseStore, monkeypatch: pytest.MonkeyPatch, away: set[str], nothing_is_in: bool
+) -> None:
+    run, insert = new_run(), Writer.insert
+
+    def partly(self: Writer, table: str, rows: pa.Table, settings: dict[str, Any]) -> None:
+        if table in away:
+            raise StoreUnreachable("away")
+        insert(self, table, rows, settings)
+
+    monkeypatch.setattr(Writer, "insert", partly)
+    with pytest.raises(StoreError) as failure:
+        store.append([fact_rows(run, 1, 1, make_records(0, 3))])
+    assert isinstance(failure.value, StoreUnreachable) == nothing_is_in
+    held = store.counts(run, exact=False)
+    assert (sum(held.values()) == 0) == nothing_is_in
+    # Nobody sees a step before its other rows are in.
+    assert held["steps"] == 0
 
 
 def test_risk_rows_newest_wins(store: ClickHouseStore) -> None:

@@ -125,6 +125,7 @@ class _Job:
     batch: Incoming
     facts: BatchFacts
     future: Future[Receipt]
+    since: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +339,7 @@ class Ingest:
             Overloaded: Too much is waiting already.
             Unavailable: The service is stopping.
         """
-        job = _Job(batch, split(batch.table), Future())
+        job = _Job(batch, split(batch.table), Future(), time.monotonic())
         # A client that goes away must not take back a batch that is being written.
         job.future.set_running_or_notify_cancel()
         with self._lock:
@@ -387,7 +388,8 @@ class Ingest:
         if first is None:
             return [], False
         jobs = [first]
-        until = time.monotonic() + self._limits.group_seconds
+        # What waited while the group before was written has waited enough.
+        until = first.since + self._limits.group_seconds
         while len(jobs) < self._limits.group_batches:
             try:
                 job = self._queue.get(timeout=max(0.0, until - time.monotonic()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,8 @@ from foreshock.api.store import (
     SMALLEST_IS_WORST,
     LayerNames,
     SeriesKey,
+    StoreError,
+    StoreUnreachable,
     TensorKinds,
     View,
 )
@@ -57,7 +60,9 @@ __all__ = ["ClickHouseStore"]
 
 # A batch holds no key twice, and reads take the newest batch's row, merged or not; looking for
 # twins in every INSERT costs as much as all the rest of it.
-_FACT_SETTINGS: Final = {"optimize_on_insert": 0}
+# An INSERT of a few thousand rows has no work for a second thread, and making threads costs as much
+# as it does.
+_FACT_SETTINGS: Final = {"optimize_on_insert": 0, "max_threads": 1, "max_insert_threads": 1}
 
 # Tensor rows rolled up at a time: some 60 MB.
 _PIECE_ROWS: Final = 250_000
@@ -83,7 +88,8 @@ class ClickHouseStore(RolledReads):
         super().__init__(layer_names, _PIECE_ROWS)
         self._engine = engine
         self._options = options or TableOptions()
-        self._facts = self._engine.writer()
+        self._writers = {table: self._engine.writer() for table in FACT_TABLES}
+        self._beside = ThreadPoolExecutor(len(FACT_TABLES), "foreshock-insert")
         self._derived = self._engine.writer()
         self._derived_lock = threading.Lock()
         # Removes what is not acknowledged, while others append.
@@ -91,10 +97,11 @@ class ClickHouseStore(RolledReads):
         self._remover_lock = threading.Lock()
         self._roller = self._engine.writer()
         for statement in ddl(self._options):
-            self._facts.command(statement)
+            self._derived.command(statement)
 
     def close(self) -> None:
         """Close the engine; nothing may be running."""
+        self._beside.shutdown()
         self._engine.close()
 
     def hung_seconds(self) -> float:
@@ -111,14 +118,36 @@ class ClickHouseStore(RolledReads):
         """Insert the rows of several batches, one INSERT per table; returns once they are durable.
 
         Raises:
+            StoreUnreachable: Nothing is in.
             StoreError: It failed, and some rows may be in: call `discard_after`.
         """
-        # steps last: a step that can be seen has its other rows.
-        for table in reversed(FACT_TABLES):
+        tables = {}
+        for table in FACT_TABLES:
             rows = [group[table] for group in groups if table in group]
             if rows:
-                together = pa.concat_tables(rows).unify_dictionaries()
-                self._facts.insert(table, together, _FACT_SETTINGS | self._token(table, together))
+                tables[table] = pa.concat_tables(rows).unify_dictionaries()
+        # steps last: a step that can be seen has its other rows.
+        steps = tables.pop("steps", None)
+        self._insert_side_by_side(tables)
+        if steps is not None:
+            try:
+                self._insert("steps", steps)
+            except StoreUnreachable as error:
+                raise StoreError(str(error)) if tables else error from error
+
+    def _insert_side_by_side(self, tables: Mapping[str, pa.Table]) -> None:
+        # However few its rows, an INSERT waits for the disk a dozen times.
+        jobs = [self._beside.submit(self._insert, table, rows) for table, rows in tables.items()]
+        failures = [error for error in (job.exception() for job in jobs) if error is not None]
+        unreachable = [error for error in failures if isinstance(error, StoreUnreachable)]
+        if unreachable and len(unreachable) < len(jobs):
+            # Another of them may be in.
+            raise StoreError(str(failures[0])) from failures[0]
+        if failures:
+            raise failures[0]
+
+    def _insert(self, table: str, rows: pa.Table) -> None:
+        self._writers[table].insert(table, rows, _FACT_SETTINGS | self._token(table, rows))
 
     def _token(self, table: str, rows: pa.Table) -> dict[str, Any]:
         # The transport may send a request again whose connection broke; every try of ours has

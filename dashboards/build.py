@@ -11,20 +11,27 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from dashboards.fleet_dashboard import fleet_dashboard
+from dashboards.infinity import PLUGIN
+from dashboards.numerics_dashboard import numerics_dashboard
 from dashboards.rule_tests import rule_tests
 from dashboards.rules import SCRAPE_INTERVAL, alertmanager_config, prometheus_config, rules
-from dashboards.run_dashboard import PanelQuery, panel_queries, run_dashboard
+from dashboards.run_dashboard import run_dashboard
 
-__all__ = ["PanelQuery", "files", "panel_queries", "run_dashboard", "write"]
+__all__ = ["DASHBOARDS", "files", "write"]
 
 FOLDER: Final = Path(__file__).resolve().parent
+DASHBOARDS: Final = (fleet_dashboard, run_dashboard, numerics_dashboard)
 _NOTE: Final = "# Written by `make dashboards`; change dashboards/*.py, not this file.\n"
 
 
 def files() -> Mapping[str, str]:
     """Path below `dashboards/` and text of every file."""
+    boards = [make() for make in DASHBOARDS]
     return {
-        "grafana/dashboards/foreshock-run.json": json.dumps(run_dashboard(), indent=2) + "\n",
+        f"grafana/dashboards/{board['uid']}.json": json.dumps(board, indent=2) + "\n"
+        for board in boards
+    } | {
         "grafana/provisioning/dashboards/foreshock.yaml": _yaml(_dashboard_provider()),
         "grafana/provisioning/datasources/foreshock.yaml": _yaml(_datasources()),
         "prometheus/prometheus.yml": _yaml(prometheus_config()),
@@ -75,7 +82,17 @@ def _datasources() -> dict[str, Any]:
         "url": "http://alertmanager:9093",
         "jsonData": {"implementation": "prometheus"},
     }
-    return {"apiVersion": 1, "prune": True, "datasources": [ours, alertmanager]}
+    # A token that only reads: whoever may look at a dashboard may send any query of their own.
+    service = {
+        "name": "foreshock",
+        "uid": "foreshock-service",
+        "type": PLUGIN,
+        "access": "proxy",
+        "url": "http://api:8420",
+        "jsonData": {"auth_method": "bearerToken", "allowedHosts": ["http://api:8420"]},
+        "secureJsonData": {"bearerToken": "$__file{/etc/foreshock/token}"},
+    }
+    return {"apiVersion": 1, "prune": True, "datasources": [ours, alertmanager, service]}
 
 
 def _yaml(document: Mapping[str, Any]) -> str:

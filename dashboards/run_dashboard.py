@@ -1,379 +1,343 @@
-"""The Grafana dashboard of a run, as a table of panels.
+"""The dashboard of one run over time: what Prometheus scraped of it, and nothing else.
 
-Metric names are looked up in the service's `exposition.METRICS`: one that the service no longer has
-fails here. Writes no file.
+Works without any plugin. Step axes, every layer and old runs are the numerics dashboard's.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
-from grafana_foundation_sdk.builders import common as common_builders
-from grafana_foundation_sdk.builders import dashboard, prometheus, statetimeline, timeseries
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models import common
-from grafana_foundation_sdk.models import dashboard as models
-from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+from dashboards.parts import (
+    FLEET,
+    NUMERICS,
+    PROMETHEUS,
+    RUN,
+    Graph,
+    Override,
+    Stat,
+    Target,
+    data_link,
+    document,
+    new_dashboard,
+    page_link,
+    prometheus_variables,
+    rate,
+    run_link,
+    series,
+)
+from dashboards.runbook import runbook_url
+from dashboards.states import STATE_MAP, state_number, state_timeline
+from grafana_foundation_sdk.builders import dashboard
 
-from foreshock.api.exposition import METRICS
-from foreshock.monitor.record import AlertState
+from foreshock.api.alert_log import ALERT_NAMES
 
-__all__ = ["REFRESH", "PanelQuery", "panel_queries", "run_dashboard"]
+__all__ = ["run_dashboard"]
 
-REFRESH: Final = "5s"
-"""How often the dashboard asks again; Prometheus scrapes as often."""
-
-_DATASOURCE: Final = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
-_SERVICE: Final = 'job=~"$job", instance=~"$instance"'
-_RUN: Final = f'{_SERVICE}, project=~"$project", run=~"$run"'
-_STATES: Final[Mapping[AlertState, tuple[int, str]]] = {
-    "ok": (0, "green"),
-    "pending": (1, "yellow"),
-    "firing": (2, "red"),
-    "resolved": (3, "blue"),
-}
-
-
-def _series(name: str, *, more: str = "", suffix: str = "") -> str:
-    """A selector of the chosen runs (or of the service, for metrics without a run).
-
-    Raises:
-        KeyError: The service has no such metric.
-    """
-    scope = _RUN if "run" in METRICS[name].labels else _SERVICE
-    return f"{name}{suffix}{{{scope}{', ' + more if more else ''}}}"
-
-
-def _rate(name: str, *, suffix: str = "") -> str:
-    return f"rate({_series(name, suffix=suffix)}[$__rate_interval])"
-
-
-@dataclass(frozen=True, slots=True)
-class _Graph:
-    """A time series panel, in one line of the table below."""
-
-    title: str
-    description: str
-    unit: str
-    targets: tuple[tuple[str, str], ...]
-    width: int = 12
-    least: float | None = None
-    most: float | None = None
+_HERE: Final = "${"
+_RISKS: Final = Target(
+    f"max by (horizon) ({series('foreshock_divergence_risk_ratio', 'run')})",
+    "risk, {{horizon}} steps",
+)
+_BEHIND: Final = Override(
+    "byFrameRefID",
+    "B",
+    {
+        "unit": "percentunit",
+        "min": 0,
+        "max": 1,
+        "custom.axisPlacement": "right",
+        "custom.axisLabel": "risk",
+        "custom.lineWidth": 0,
+        "custom.fillOpacity": 25,
+    },
+)
+"""Risks as areas behind the line, on an axis of their own."""
 
 
-def _by_role(title: str, description: str, unit: str, metric: str) -> _Graph:
-    return _Graph(title, description, unit, ((_series(metric), "{{run}} {{role}}"),), 8)
+def _over(title: str, description: str, metric: str, legend: str) -> Graph:
+    return Graph(
+        title=title,
+        description=f"{description} Behind it, on the right, the risk per horizon: the probability "
+        "that the loss starts to diverge within so many steps. A horizon that the forecaster "
+        "cannot support has no area. Marks: alarms and checkpoints.",
+        unit="none",
+        targets=(Target(_value(metric), legend), _RISKS),
+        width=12,
+        height=10,
+        overrides=(_BEHIND,),
+    )
 
 
-def _worst(title: str, description: str, unit: str, metric: str, pick: str = "topk") -> _Graph:
-    expression = f"{pick}(5, {_series(metric)})"
-    return _Graph(title, description, unit, ((expression, "{{run}} {{layer}} {{role}}"),), 12)
+def _value(metric: str) -> str:
+    # Over instances: a run that moved to another replica is one line.
+    return f"max({series(metric, 'run')})"
 
 
-_RISK: Final = (
-    _Graph(
-        "Divergence risk",
-        "Probability that the loss starts to diverge within so many optimizer steps. "
-        "A horizon that the forecaster cannot support has no line.",
-        "percentunit",
-        ((_series("foreshock_divergence_risk_ratio"), "{{run}} {{horizon}} steps"),),
-        least=0,
-        most=1,
+def _single(title: str, description: str, unit: str, metric: str, **more: Any) -> Graph:
+    legend = title[0].lower() + title[1:]
+    return Graph(
+        title=title,
+        description=description,
+        unit=unit,
+        targets=(Target(_value(metric), legend),),
+        **more,
+    )
+
+
+def _by_role(title: str, description: str, unit: str, metric: str, worst: str = "max") -> Graph:
+    return Graph(
+        title=title,
+        description=f"{description} Worst layer per role of the tensor.",
+        unit=unit,
+        targets=(Target(f"{worst} by (role) ({series(metric, 'run')})", "{{role}}"),),
+        links=(_numerics("&var-role=${__field.labels.role}"),),
+    )
+
+
+def _layers(title: str, description: str, unit: str, metric: str, pick: str = "topk") -> Graph:
+    over = "max" if pick == "topk" else "min"
+    return Graph(
+        title=title,
+        description=f"{description} The five worst; a point leads to the layer's numerics.",
+        unit=unit,
+        targets=(
+            Target(
+                f"{pick}(5, {over} by (layer, role) ({series(metric, 'run')}))",
+                "{{layer}} {{role}}",
+            ),
+        ),
+        width=12,
+        links=(_numerics("&var-layer=${__field.labels.layer}&var-role=${__field.labels.role}"),),
+    )
+
+
+def _numerics(more: str) -> dashboard.DashboardLink:
+    return run_link("Numerics", NUMERICS, _HERE, more)
+
+
+_STATS: Final = (
+    Stat(
+        title="Alert",
+        description="State of the service's own alert on this run.",
+        unit="none",
+        targets=(Target(state_number("run"), "alert"),),
+        mappings=(STATE_MAP,),
     ),
-    _Graph(
-        "Loss",
-        "Training loss of the newest step, as the run reported it.",
-        "none",
-        ((_series("foreshock_loss"), "{{run}}"),),
+    Stat(
+        title="Risk",
+        description="Newest probability per horizon that the loss starts to diverge within so many "
+        "steps.",
+        unit="percentunit",
+        targets=(
+            Target(
+                f"max by (horizon) ({series('foreshock_divergence_risk_ratio', 'run')})",
+                "{{horizon}} steps",
+            ),
+        ),
+        width=8,
+        steps=((None, "green"), (0.2, "orange"), (0.5, "red")),
+    ),
+    Stat(
+        title="Expected lead",
+        description="Steps until the loss rises, given that it does: how much time there is.",
+        unit="none",
+        targets=(Target(_value("foreshock_expected_lead_steps"), "steps"),),
+    ),
+    Stat(
+        title="Since checkpoint",
+        description="Training since the last checkpoint seen (or the first record): what is lost "
+        "if it diverges now.",
+        unit="s",
+        targets=(Target(_value("foreshock_at_risk_seconds"), "since checkpoint"),),
+    ),
+    Stat(
+        title="Last step",
+        description="Newest optimizer step. Standing still while the job runs: records do not "
+        "arrive.",
+        unit="none",
+        targets=(Target(_value("foreshock_step"), "step"),),
     ),
 )
-_OPTIMIZER: Final = (
-    _Graph(
+_RISK: Final = (
+    _over(
+        "Loss",
+        "Training loss of the newest step, as the run reported it.",
+        "foreshock_loss",
+        "loss",
+    ),
+    _over(
         "Gradient norm",
         "Norm of the gradient before clipping.",
-        "none",
-        ((_series("foreshock_gradient_norm"), "{{run}}"),),
-        8,
-    ),
-    _Graph(
-        "Learning rate",
-        "Learning rate of the newest step.",
-        "none",
-        ((_series("foreshock_learning_rate"), "{{run}}"),),
-        8,
-    ),
-    _Graph(
-        "Step",
-        "Newest optimizer step. Flat while the job runs: records do not arrive.",
-        "none",
-        ((_series("foreshock_step"), "{{run}}"),),
-        8,
+        "foreshock_gradient_norm",
+        "gradient norm",
     ),
 )
 _TENSORS: Final = (
     _by_role(
         "Kurtosis by role",
-        "Kurtosis about zero of the worst layer, per operand of the GEMMs. Gaussian is 3; "
-        "a steady rise means outliers.",
+        "Kurtosis about zero, per operand of the GEMMs. Gaussian is 3; a steady rise means "
+        "outliers.",
         "none",
         "foreshock_kurtosis",
     ),
     _by_role(
         "Headroom by role",
-        "Binades between the largest element and the format's largest value, worst layer. "
-        "Below 0 the cast saturates now.",
+        "Binades between the largest element and the format's largest value. Below 0 the cast "
+        "saturates now.",
         "none",
         "foreshock_fp8_headroom_log2",
+        "min",
     ),
-    _by_role(
-        "Largest magnitude by role",
-        "Largest absolute element, worst layer.",
-        "none",
-        "foreshock_amax",
-    ),
+    _by_role("Largest magnitude by role", "Largest absolute element.", "none", "foreshock_amax"),
     _by_role(
         "Underflow by role",
-        "Share of elements that the cast flushes to zero, worst layer.",
+        "Share of elements that the cast flushes to zero.",
         "percentunit",
         "foreshock_fp8_underflow_ratio",
     ),
     _by_role(
         "Overflow by role",
-        "Share of elements beyond the format's largest value before the cast, worst layer.",
+        "Share of elements beyond the format's largest value before the cast.",
         "percentunit",
         "foreshock_fp8_overflow_ratio",
     ),
+    _single(
+        "Learning rate",
+        "Learning rate of the newest step, largest parameter group.",
+        "none",
+        "foreshock_learning_rate",
+    ),
 )
 _LAYERS: Final = (
-    _worst(
+    _layers(
         "Layers with the largest kurtosis",
-        "Where the outliers are. All layers are on the service's own page.",
+        "Where the outliers are.",
         "none",
         "foreshock_layer_kurtosis",
     ),
-    _worst(
+    _layers(
         "Layers with the least headroom",
         "Which layers saturate first.",
         "none",
         "foreshock_layer_fp8_headroom_log2",
         "bottomk",
     ),
+    _layers(
+        "Layers with the largest overflow",
+        "Which layers saturate most.",
+        "percentunit",
+        "foreshock_layer_fp8_overflow_ratio",
+    ),
+    _layers(
+        "Layers with the largest underflow",
+        "Which layers lose most to zero.",
+        "percentunit",
+        "foreshock_layer_fp8_underflow_ratio",
+    ),
 )
 _COST: Final = (
-    _Graph(
+    _single(
         "Monitor overhead",
         "Share of step time that the monitor takes, as the monitor measures it.",
         "percentunit",
-        ((_series("foreshock_monitor_overhead_ratio"), "{{run}}"),),
-        8,
+        "foreshock_monitor_overhead_ratio",
         least=0,
     ),
-    _Graph(
-        "Step time",
-        "Duration of the newest optimizer step.",
+    _single("Step time", "Duration of the newest optimizer step.", "s", "foreshock_step_seconds"),
+    Graph(
+        title="Records dropped per second",
+        description="Records that this run's monitor had to drop because its spool was full; "
+        "forecasts rest on what is left.",
+        unit="cps",
+        targets=(Target(f"sum({rate('foreshock_records_dropped_total', 'run')})", "dropped"),),
+    ),
+    _single(
+        "Clock behind",
+        "How far the run's clock is behind the service's; late delivery looks like it.",
         "s",
-        ((_series("foreshock_step_seconds"), "{{run}}"),),
-        8,
+        "foreshock_clock_skew_seconds",
     ),
-    _Graph(
-        "Records per second",
-        "Records made durable and records scored by the service.",
-        "none",
-        (
-            (_rate("foreshock_ingest_records_total"), "durable"),
-            (_rate("foreshock_scored_records_total"), "scored"),
-        ),
-        8,
-    ),
-    _Graph(
-        "Records dropped per second",
-        "Records that a monitor had to drop because its spool was full.",
-        "none",
-        ((_rate("foreshock_records_dropped_total"), "{{run}}"),),
-        8,
-    ),
-    _Graph(
-        "Scoring time",
-        "Time to score one record, mean and 95th percentile.",
-        "s",
-        (
-            (
-                "histogram_quantile(0.95, sum by (le) "
-                f"({_rate('foreshock_scoring_seconds', suffix='_bucket')}))",
-                "95 %",
-            ),
-            (
-                f"sum({_rate('foreshock_scoring_seconds', suffix='_sum')}) / "
-                f"sum({_rate('foreshock_scoring_seconds', suffix='_count')})",
-                "mean",
+    Graph(
+        title="Heard of",
+        description="Time since the service heard of the run last. Rising: the job is silent.",
+        unit="s",
+        targets=(
+            Target(
+                f"time() - max({series('foreshock_last_received_timestamp_seconds', 'run')})",
+                "silent for",
             ),
         ),
-        8,
+        least=0,
     ),
-    _Graph(
-        "Waiting to be scored",
-        "Batches that are stored and not yet scored; a rising line means the risk lags behind.",
+    _single(
+        "Step",
+        "Newest optimizer step. Flat while the job runs: records do not arrive.",
         "none",
-        ((_series("foreshock_scoring_queue_length"), "batches"),),
-        8,
+        "foreshock_step",
     ),
 )
 _ROWS: Final = (
-    ("Is it going to diverge?", _RISK),
-    ("Optimizer", _OPTIMIZER),
     ("Tensors: worst layer per role", _TENSORS),
     ("Tensors: which layers", _LAYERS),
     ("What watching costs", _COST),
 )
 
 
-def run_dashboard() -> dict[str, Any]:
-    """The dashboard as the JSON that Grafana provisions (classic schema)."""
-    built = (
-        dashboard.Dashboard("foreshock run")
-        .uid("foreshock-run")
-        .description("Divergence risk, loss and FP8 tensor statistics of training runs.")
-        .tags(["foreshock", "training", "fp8"])
-        .readonly()
-        .tooltip(models.DashboardCursorSync.CROSSHAIR)
-        .refresh(REFRESH)
-        .time("now-30m", "now")
-        .timezone("browser")
-        .with_variable(
-            dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus")
-        )
+def _alarms() -> dashboard.AnnotationQuery:
+    return (
+        dashboard.AnnotationQuery()
+        .name("Alarms")
+        .datasource(PROMETHEUS)
+        .enable(True)
+        .icon_color("red")
+        .expr(f"max by (project, run, kind) ({series('foreshock_alert_firing', 'run')}) == 1")
+        .title_format("{{kind}}")
+        .text_format("alert of kind {{kind}} on {{run}}")
+        .tag_keys("kind,run")
+        .step("5s")
     )
-    for name, metric in _VARIABLES.items():
-        built = built.with_variable(_variable(name, metric))
-    for place, (title, graphs) in enumerate(_ROWS):
+
+
+def _checkpoints() -> dashboard.AnnotationQuery:
+    """The value is when it was saved, in milliseconds, however late a scrape saw it."""
+    saved = series("foreshock_last_checkpoint_timestamp_seconds", "run")
+    return (
+        dashboard.AnnotationQuery()
+        .name("Checkpoints")
+        .datasource(PROMETHEUS)
+        .enable(True)
+        .icon_color("green")
+        .expr(f"max by (project, run) ({saved}) * 1000")
+        .title_format("checkpoint")
+        .text_format("checkpoint of {{run}}")
+        .tag_keys("run")
+        .step("5s")
+        .use_value_for_time(True)
+    )
+
+
+def run_dashboard() -> dict[str, Any]:
+    """The dashboard as JSON."""
+    built = new_dashboard(
+        RUN,
+        "foreshock run",
+        "One training run: divergence risk, loss and FP8 tensor statistics over time.",
+    )
+    built = built.variables(prometheus_variables(one_run=True)).links(
+        [
+            data_link("All runs", f"/d/{FLEET}/{FLEET}?${{__url_time_range}}"),
+            run_link("Numerics of this run", NUMERICS, _HERE),
+            page_link("Diagnosis of this run", _HERE),
+            data_link("Runbook", runbook_url(ALERT_NAMES["forecast"])),
+        ]
+    )
+    built = built.annotation(_alarms()).annotation(_checkpoints())
+    built = built.with_row(dashboard.Row("Is it going to diverge?"))
+    for panel in (*_STATS, *_RISK):
+        built = built.with_panel(panel)
+    built = built.with_panel(state_timeline("run"))
+    for title, graphs in _ROWS:
         built = built.with_row(dashboard.Row(title))
         for graph in graphs:
-            built = built.with_panel(_timeseries(graph))
-        if place == 0:
-            built = built.with_panel(_states())
-    document: dict[str, Any] = json.loads(JSONEncoder().encode(built.build()))
-    return document
-
-
-_VARIABLES: Final = {
-    "job": "label_values(foreshock_step, job)",
-    "instance": 'label_values(foreshock_step{job=~"$job"}, instance)',
-    "project": f"label_values(foreshock_step{{{_SERVICE}}}, project)",
-    "run": f'label_values(foreshock_step{{{_SERVICE}, project=~"$project"}}, run)',
-}
-
-
-def _variable(name: str, query: str) -> dashboard.QueryVariable:
-    return (
-        dashboard.QueryVariable(name)
-        .label(name.capitalize())
-        .query({"query": query, "refId": name})
-        .definition(query)
-        .datasource(_DATASOURCE)
-        .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
-        .sort(models.VariableSort.ALPHABETICAL_ASC)
-        .multi(True)
-        .include_all(True)
-        .all_value(".+")
-        .current(models.VariableOption(text="All", value="$__all"))
-    )
-
-
-def _target(place: int, expression: str, legend: str) -> prometheus.Dataquery:
-    return (
-        prometheus.Dataquery()
-        .expr(expression)
-        .legend_format(legend)
-        .format(PromQueryFormat.TIME_SERIES)
-        .range()
-        .ref_id(chr(ord("A") + place))
-        .datasource(_DATASOURCE)
-    )
-
-
-def _timeseries(graph: _Graph) -> timeseries.Panel:
-    panel = (
-        timeseries.Panel()
-        .title(graph.title)
-        .description(graph.description)
-        .datasource(_DATASOURCE)
-        .unit(graph.unit)
-        .height(8)
-        .span(graph.width)
-        .line_width(2)
-        .fill_opacity(6)
-        .show_points(common.VisibilityMode.NEVER)
-        .tooltip(common_builders.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI))
-        .targets([_target(i, *target) for i, target in enumerate(graph.targets)])
-    )
-    if graph.least is not None:
-        panel = panel.min(graph.least)
-    return panel if graph.most is None else panel.max(graph.most)
-
-
-def _states() -> statetimeline.Panel:
-    """The alert state of each run as a band: the four states as numbers, then as words."""
-    name = "foreshock_alert_state"
-    terms = [
-        f"{number} * sum by (project, run) ({_series(name, more=_equal('state', state))})"
-        for state, (number, _) in _STATES.items()
-        if number
-    ]
-    words = {
-        str(number): models.ValueMappingResult(text=state, color=colour, index=number)
-        for state, (number, colour) in _STATES.items()
-    }
-    return (
-        statetimeline.Panel()
-        .title("Alert state")
-        .description("State of the service's own alert, per run.")
-        .datasource(_DATASOURCE)
-        .unit("none")
-        .height(6)
-        .span(24)
-        .mappings([models.ValueMap(options=words)])
-        .targets([_target(0, " + ".join(terms), "{{run}}")])
-    )
-
-
-def _equal(label: str, value: str) -> str:
-    return f'{label}="{value}"'
-
-
-@dataclass(frozen=True, slots=True)
-class PanelQuery:
-    """One PromQL expression of one panel, ready to be asked.
-
-    Attributes:
-        panel: Title of the panel.
-        legend: Legend format.
-        expression: PromQL without variables.
-    """
-
-    panel: str
-    legend: str
-    expression: str
-
-
-def panel_queries(
-    document: Mapping[str, Any], *, rate_interval: str, variables: Mapping[str, str] | None = None
-) -> Iterator[PanelQuery]:
-    """Every expression of a dashboard's JSON, as Grafana would send it.
-
-    Args:
-        document: The dashboard as JSON, panels in rows included.
-        rate_interval: What `$__rate_interval` stands for, e.g. "20s".
-        variables: Value of each template variable; those left out stand for everything.
-    """
-    values = {name: ".+" for name in _VARIABLES} | dict(variables or {})
-    for panel in document["panels"]:
-        if panel.get("panels"):
-            yield from panel_queries(panel, rate_interval=rate_interval, variables=variables)
-        for target in panel.get("targets", ()):
-            text = target["expr"].replace("$__rate_interval", rate_interval)
-            for name, value in values.items():
-                text = text.replace(f"${name}", value)
-            yield PanelQuery(panel["title"], target.get("legendFormat", ""), text)
+            built = built.with_panel(graph)
+    return document(built)

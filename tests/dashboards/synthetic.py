@@ -20,7 +20,7 @@ from foreshock.monitor.record import (
     records_to_json,
 )
 
-__all__ = ["LAYERS", "SyntheticRun", "record"]
+__all__ = ["LAYERS", "SyntheticRun", "by_hand", "record"]
 
 LAYERS: Final = tuple(
     f"blocks.{block}.{part}"
@@ -98,6 +98,24 @@ def _tensor(step: int, layer: str, role: str, sick: float) -> TensorStatistics:
     )
 
 
+def by_hand(step: int, layer: str) -> StepRecord:
+    """What only trainers with FP8 gradients and states have: mu, and master weights."""
+    return StepRecord(
+        step=step,
+        time=datetime.now(UTC),
+        scalars={"loss": loss(step, None)},
+        tensors=tuple(
+            TensorStatistics(
+                identity=TensorIdentity(layer, role, form), numel=64, rms=0.1 + step, mu=mu
+            )
+            for role, form, mu in (
+                ("grad_reduced", "e4m3", 2.0**step),
+                ("master_weight", "fp16", None),
+            )
+        ),
+    )
+
+
 class SyntheticRun:
     """Announces a run and sends its records, as a monitor's shipper would.
 
@@ -106,6 +124,7 @@ class SyntheticRun:
         name: Name of the run.
         onset: Step after which statistics leave their usual range; None never.
         rise: Step after which the loss rises; None never.
+        project: Its project.
     """
 
     def __init__(
@@ -116,8 +135,10 @@ class SyntheticRun:
         onset: int | None = None,
         rise: int | None = None,
         layers: tuple[str, ...] = LAYERS,
+        project: str = "default",
     ) -> None:
         self.client = client
+        self.project = project
         self.name = name
         self.onset = onset
         self.rise = rise
@@ -126,7 +147,7 @@ class SyntheticRun:
         self._launch = str(uuid.uuid4())
         self._sequence = 0
         body = {
-            "project": "default",
+            "project": project,
             "run": name,
             "launch_id": self._launch,
             "first_step": 0,
@@ -151,6 +172,7 @@ class SyntheticRun:
         """Send records as they are."""
         path = f"/api/v1/runs/{self.name}/batches/{self._launch}-0-{self._sequence}"
         headers = {"Content-Type": "application/json"}
-        answer = self.client.put(path, content=records_to_json(records), headers=headers)
+        content, query = records_to_json(records), {"project": self.project}
+        answer = self.client.put(path, content=content, headers=headers, params=query)
         answer.raise_for_status()
         self._sequence += 1

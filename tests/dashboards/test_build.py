@@ -6,21 +6,28 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from dashboards.build import FOLDER, files, panel_queries, run_dashboard
+from dashboards.build import DASHBOARDS, FOLDER, files
+from dashboards.parts import FLEET, NUMERICS, RUN
+from dashboards.queries import PanelQuery, panel_queries, panels
 from dashboards.rules import prometheus_config, rules
 
 from foreshock.api.alert_log import ALERT_NAMES, SEVERITIES
 from foreshock.api.exposition import METRICS
+from foreshock.monitor.record import STATISTICS
 
 ROOT = FOLDER.parent
-DASHBOARD = run_dashboard()
-PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
-EXPRESSIONS = [query.expression for query in panel_queries(DASHBOARD, rate_interval="20s")]
+BOARDS: dict[str, dict[str, Any]] = {board["uid"]: board for board in (m() for m in DASHBOARDS)}
+FILLED = dict.fromkeys(
+    ("job", "instance", "project", "run", "role", "layer", "format", "first_step", "last_step"), "x"
+) | {"__rate_interval": "20s"}
+QUERIES = [query for board in BOARDS.values() for query in panel_queries(board, FILLED)]
+EXPRESSIONS = [query.expression for query in QUERIES if isinstance(query, PanelQuery)]
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -54,22 +61,28 @@ def test_no_file_stands_beside_the_generated_ones() -> None:
     assert kept == set(files())
 
 
-def test_every_panel_says_what_it_shows_in_which_unit() -> None:
-    for panel in PANELS:
+@pytest.mark.parametrize("uid", BOARDS)
+def test_every_panel_says_what_it_shows_in_which_unit(uid: str) -> None:
+    for panel in panels(BOARDS[uid]):
         assert panel["title"], panel
         assert len(panel["description"]) > 20, panel["title"]
+        if panel["type"] == "text":
+            continue
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
         assert panel["targets"], panel["title"]
-        assert panel["datasource"]["uid"] == "${datasource}", panel["title"]
         for target in panel["targets"]:
-            assert target["datasource"]["uid"] == "${datasource}", panel["title"]
-    titles = [panel["title"] for panel in PANELS]
+            assert target["datasource"] == panel["datasource"], panel["title"]
+    titles = [panel["title"] for panel in panels(BOARDS[uid])]
     assert len(set(titles)) == len(titles)
 
 
-def test_panels_do_not_overlap() -> None:
+@pytest.mark.parametrize("uid", BOARDS)
+def test_panels_have_numbers_of_their_own_and_do_not_overlap(uid: str) -> None:
+    rows = [p for row in BOARDS[uid]["panels"] for p in (row, *row.get("panels", ()))]
+    numbers = [panel["id"] for panel in rows]
+    assert len(set(numbers)) == len(numbers)
     taken: set[tuple[int, int]] = set()
-    for panel in DASHBOARD["panels"]:
+    for panel in BOARDS[uid]["panels"]:
         at = panel["gridPos"]
         cells = {
             (x, y)
@@ -81,34 +94,97 @@ def test_panels_do_not_overlap() -> None:
         taken |= cells
 
 
-def test_dashboard_is_read_only_and_templated() -> None:
-    assert DASHBOARD["editable"] is False
-    assert DASHBOARD["uid"] == "foreshock-run"
-    variables: dict[str, Any] = {each["name"]: each for each in DASHBOARD["templating"]["list"]}
-    assert list(variables) == ["datasource", "job", "instance", "project", "run"]
-    assert variables["datasource"]["type"] == "datasource"
-    assert variables["datasource"]["query"] == "prometheus"
-    for name in ("job", "instance", "project", "run"):
-        one = variables[name]
-        assert (one["type"], one["multi"], one["allValue"]) == ("query", True, ".+")
-        assert one["refresh"] == 2, "follows the time range"
-        assert one["label"]
+def variables(uid: str) -> dict[str, dict[str, Any]]:
+    return {each["name"]: each for each in BOARDS[uid]["templating"]["list"]}
 
 
-def test_every_selector_carries_job_and_instance() -> None:
-    raw = [target["expr"] for panel in PANELS for target in panel["targets"]]
-    for expression in raw:
-        for selector in re.findall(r"foreshock_\w+(?:\{[^}]*\})?", expression):
-            assert 'job=~"$job", instance=~"$instance"' in selector, expression
-        assert not re.search(r"\[\d", expression), f"a fixed range in {expression}"
+def test_dashboards_over_time_need_no_plugin() -> None:
+    for uid in (FLEET, RUN):
+        kinds = {t["datasource"]["type"] for p in panels(BOARDS[uid]) for t in p.get("targets", ())}
+        assert kinds == {"prometheus"}
+    assert list(variables(FLEET)) == [
+        "prometheus_datasource",
+        "job",
+        "instance",
+        "project",
+        "service",
+    ]
+    # One run at a time: risks of several would lie over each other.
+    assert [variables(RUN)[name]["multi"] for name in ("project", "run")] == [False, False]
+
+
+def test_every_statistic_of_the_record_is_on_the_numerics_dashboard() -> None:
+    shown = json.dumps(BOARDS[NUMERICS])
+    for statistic in STATISTICS:
+        assert f'"{statistic}"' in shown, statistic
+
+
+def links(value: Any) -> Iterator[str]:
+    """Every address in a part of a dashboard."""
+    if isinstance(value, dict):
+        if isinstance(value.get("url"), str) and "url_options" not in value:
+            yield value["url"]
+        yield from (url for each in value.values() for url in links(each))
+    elif isinstance(value, list):
+        yield from (url for each in value for url in links(each))
+
+
+@pytest.mark.parametrize("uid", BOARDS)
+def test_links_lead_somewhere_with_what_is_there(uid: str) -> None:
+    found = set(links(BOARDS[uid]))
+    assert found
+    for url in found:
+        if url.startswith("${service}/"):
+            assert "service" in variables(uid)
+            continue
+        target, _, query = url.removeprefix("/d/").partition("?")
+        board = target.partition("/")[0]
+        for parameter in query.split("&"):
+            name, _, value = parameter.partition("=")
+            if name.startswith("var-"):
+                assert name.removeprefix("var-") in variables(board), url
+            elif name == "viewPanel" and "$" not in value:
+                numbers = {f"panel-{panel['id']}" for panel in panels(BOARDS[board])}
+                assert value in numbers, url
+        for known in re.findall(r"\$\{(\w+)(?::percentencode)?\}", query):
+            assert known in {*variables(uid), "__url_time_range"}, url
+
+
+@pytest.mark.parametrize("uid", BOARDS)
+def test_links_name_columns_and_labels_that_a_panel_has(uid: str) -> None:
+    for panel in panels(BOARDS[uid]):
+        text = " ".join(links(panel))
+        columns = {
+            name
+            for step in panel.get("transformations", ())
+            if step["id"] == "organize"
+            for name in step["options"]["indexByName"]
+            for name in [step["options"]["renameByName"].get(name, name)]
+        }
+        assert set(re.findall(r"__data\.fields\.(\w+)", text)) <= columns, panel["title"]
+        for label in re.findall(r"__field\.labels\.(\w+)", text):
+            for target in panel["targets"]:
+                assert re.search(rf"by \([^)]*\b{label}\b", target["expr"]), panel["title"]
+
+
+def test_every_alert_has_its_panel_of_the_runbook() -> None:
+    alerts = [rule["alert"] for rule in rules()["groups"][1]["rules"]]
+    shown = {
+        p["title"]: p["options"]["content"] for p in panels(BOARDS[FLEET]) if p["type"] == "text"
+    }
+    assert list(shown) == alerts
+    for name in alerts:
+        assert "**Do.**" in shown[name]
+    assert f"viewPanel=panel-{_panel(ALERT_NAMES['forecast'])}" in " ".join(links(BOARDS[RUN]))
+
+
+def _panel(title: str) -> int:
+    (panel,) = [panel for panel in panels(BOARDS[FLEET]) if panel["title"] == title]
+    return int(panel["id"])
 
 
 def test_counters_are_rates_and_gauges_are_not() -> None:
-    counters = [name for name, spec in METRICS.items() if spec.kind == "counter"]
     for expression in EXPRESSIONS:
-        for name in counters:
-            if name in expression:
-                assert f"rate({name}{{" in expression
         for inside in re.findall(r"rate\((foreshock_\w+)", expression):
             known = METRICS[re.sub(r"_(bucket|sum|count)$", "", inside)]
             assert known.kind != "gauge", expression
@@ -122,8 +198,10 @@ def test_every_metric_is_one_of_the_service() -> None:
 
 def test_queries_have_no_variable_left() -> None:
     assert not [each for each in EXPRESSIONS if "$" in each]
-    chosen = panel_queries(DASHBOARD, rate_interval="20s", variables={"run": "llama-1b"})
-    assert any('run=~"llama-1b"' in query.expression for query in chosen)
+    (query, *_) = panel_queries(BOARDS[RUN], FILLED | {"run": "llama-1b"})
+    assert 'run="llama-1b"' in str(query)
+    with pytest.raises(KeyError, match="run"):
+        list(panel_queries(BOARDS[RUN], {"job": "x", "instance": "x", "project": "x"}))
 
 
 def test_rules_name_alerts_as_the_service_does() -> None:
@@ -187,7 +265,8 @@ def test_amtool_accepts_alertmanager_config() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_dashboard_json_is_classic() -> None:
-    document = json.loads((FOLDER / "grafana/dashboards/foreshock-run.json").read_text())
+@pytest.mark.parametrize("uid", BOARDS)
+def test_dashboard_json_is_classic(uid: str) -> None:
+    document = json.loads((FOLDER / f"grafana/dashboards/{uid}.json").read_text())
     assert document["schemaVersion"] >= 36
     assert "elements" not in document, "the V2 schema cannot be provisioned before Grafana 13"

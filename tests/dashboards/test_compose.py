@@ -6,14 +6,17 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from dashboards.infinity import PLUGIN
 
 from foreshock.api.database import database_url
 from foreshock.api.store_url import ServersPlace, parse_store
+from tests.dashboards.service import running_service
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -24,7 +27,8 @@ CLUSTER = {name for name, service in SERVICES.items() if "cluster" in service.ge
 
 
 def test_images_are_pinned() -> None:
-    assert set(SERVICES) - CLUSTER == {"api", "prometheus", "alertmanager", "grafana"}
+    watching = {"prometheus", "alertmanager", "grafana", "grafana-token"}
+    assert set(SERVICES) - CLUSTER == {"api", *watching}
     replicas = {"balancer", "api-1", "api-2"}
     assert (
         replicas | {"postgres", "keeper", "clickhouse", "clickhouse-1", "clickhouse-2"} == CLUSTER
@@ -82,7 +86,53 @@ def test_configs_name_the_services_of_the_file() -> None:
         (ROOT / "dashboards/grafana/provisioning/datasources/foreshock.yaml").read_text()
     )
     hosts = {re.sub(r"https?://|:\d+", "", each["url"]) for each in sources["datasources"]}
-    assert hosts == {"prometheus", "alertmanager"}
+    assert hosts == {"prometheus", "alertmanager", "api"}
+
+
+def test_grafana_installs_the_plugin_that_a_dashboard_asks() -> None:
+    assert re.fullmatch(
+        rf"{PLUGIN}@\d+\.\d+\.\d+", SERVICES["grafana"]["environment"]["GF_PLUGINS_PREINSTALL_SYNC"]
+    )
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (ROOT / "dashboards/grafana/dashboards" / Path(home).name).is_file()
+
+
+def test_grafana_gets_a_token_that_only_reads_and_a_new_one_when_that_is_gone(
+    tmp_path: Path,
+) -> None:
+    """The container's own script against a real service."""
+    script = SERVICES["grafana-token"]["command"][0].replace("$$", "$")
+    admin, file = "an-administrators-token", tmp_path / "token"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    command = f"#!{sys.executable}\nfrom foreshock.api.cli.main import run; run()\n"
+    (tmp_path / "bin/foreshock").write_text(command)
+    (tmp_path / "bin/foreshock").chmod(0o755)
+
+    def make(address: str) -> str:
+        environment = os.environ | {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "FORESHOCK_TOKEN": admin,
+            "SERVICE": address,
+            "TOKEN_FILE": str(file),
+        }
+        subprocess.run(["/bin/sh", "-c", script], env=environment, check=True, timeout=120)
+        return file.read_text().strip()
+
+    with running_service(tmp_path, environment={"FORESHOCK_TOKEN": admin}) as service:
+        first = make(service.address)
+        assert make(service.address) == first, "one that is taken is kept"
+        reader = {"Authorization": f"Bearer {first}"}
+        assert service.client.get("/api/v1/runs", headers=reader).status_code == 200
+        wanted = {"name": "x", "scopes": ["admin"]}
+        refused = service.client.post("/api/v1/tokens", json=wanted, headers=reader)
+        assert refused.status_code == 403
+        (known,) = service.client.get("/api/v1/tokens").json()["tokens"]
+        service.client.delete(f"/api/v1/tokens/{known['id']}").raise_for_status()
+        second = make(service.address)
+        assert second != first
+        reader = {"Authorization": f"Bearer {second}"}
+        assert service.client.get("/api/v1/runs", headers=reader).status_code == 200
 
 
 def test_image_runs_as_a_user_and_says_how_it_is() -> None:

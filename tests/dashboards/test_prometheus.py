@@ -51,6 +51,9 @@ def feed(run: SyntheticRun, prometheus: Prometheus, steps: int, dropped: int) ->
     for _ in range(3):
         run.send(steps // 3)
         time.sleep(1.2)
+    # An increase needs a value from before it.
+    counter = "foreshock_records_dropped_total"
+    wait("its first scrape", lambda: prometheus.ask(counter) == {labels(): 0})
     event = Event("dropped", detail=f"{dropped} records: the spool was full")
     last: StepRecord = record(run.next_step, onset=run.onset, rise=run.rise)
     run.put([replace(last, events=(event,))])

@@ -217,6 +217,59 @@ def test_a_history_exported_from_wandb(tmp_path: Path) -> None:
     assert left_out <= set(imported.report.skipped)
 
 
+TABLE = "step;loss;lr\n1;2,5;1e-3\n2;-inf;\n1000;2,25;1,5e-4\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_tables_of_other_countries_and_of_excel(
+    tmp_path: Path, encoding: str, separator: str
+) -> None:
+    path = tmp_path / "loss.csv"
+    path.write_text(TABLE.replace(";", separator), encoding=encoding)
+    imported = read_logs(path)
+    (records,) = attempts(imported)
+    assert scalars(records) == {
+        1: {"loss": 2.5, "learning_rate": 1e-3},
+        2: {"loss": -math.inf},
+        1000: {"loss": 2.25, "learning_rate": 1.5e-4},
+    }
+    assert imported.report.notes == ["numbers are written with a decimal comma"]
+
+
+def test_a_comma_beside_a_point_is_no_decimal_sign(tmp_path: Path) -> None:
+    path = tmp_path / "loss.csv"
+    path.write_text("step;loss;tokens\n1;2.5;1,024\n")
+    imported = read_logs(path)
+    (records,) = attempts(imported)
+    assert scalars(records) == {1: {"loss": 2.5}}
+    assert imported.report.skipped == {"tokens (no number)": 1}
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2**40), st.floats()), min_size=1, unique_by=lambda row: row[0]
+    ),
+    st.sampled_from([";", "\t"]),
+)
+def test_what_is_written_with_decimal_commas_comes_back(
+    rows: list[tuple[int, float]], separator: str
+) -> None:
+    rows = sorted(rows)
+    lines = [f"{step}{separator}{value!r}".replace(".", ",") for step, value in rows]
+    text = "\n".join([f"step{separator}loss", *lines]) + "\n"
+    (records,) = attempts(imported_text("x.csv", text.encode("utf-16")))
+    found = {r.step: r.scalars["loss"] for r in records}
+    assert all(same(value, found[step]) for step, value in rows)
+
+
+def test_lines_in_utf16(tmp_path: Path) -> None:
+    path = tmp_path / "train.log"
+    path.write_text("step 1 loss 2.5\nstep 2 loss 2.0\n", encoding="utf-16")
+    (records,) = attempts(read_logs(path, regex=r"step (?P<step>\d+) loss (?P<loss>\S+)"))
+    assert scalars(records) == {1: {"loss": 2.5}, 2: {"loss": 2.0}}
+
+
 def test_json_lines_and_tables_with_several_runs(tmp_path: Path) -> None:
     lines = tmp_path / "metrics.jsonl"
     lines.write_text(

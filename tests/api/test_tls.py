@@ -18,7 +18,8 @@ from foreshock.monitor.record import records_to_table
 from foreshock.monitor.shipping import Service as Client
 from foreshock.monitor.shipping import ship_leftovers
 from foreshock.monitor.spool import Spool
-from tests.api.service import Service, make_record, new_launch
+from tests.api.service import RelayProcess, Service, make_record, new_launch
+from tests.api.test_collect_relay import wait_for
 
 pytestmark = [
     pytest.mark.debian,
@@ -97,6 +98,23 @@ def test_the_command_line_too(service: Service, certificate: tuple[Path, Path]) 
     environment["FORESHOCK_CA"] = __file__
     wrong = CliRunner().invoke(app, command, env=environment)
     assert (wrong.exit_code, "FORESHOCK_CA" in wrong.stderr) == (2, True)
+
+
+def test_a_relay_knows_the_authority_too(
+    service: Service, certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    environment = {"FORESHOCK_TOKEN": f"{TOKEN}\n", "FORESHOCK_CA": str(certificate[0])}
+    relay = RelayProcess(tmp_path, "--url", service.url, "--wait", "0", environment=environment)
+    relay.start()
+    spooled(tmp_path / "spool")
+    job = Client(relay.url, token=TOKEN)
+    assert ship_leftovers(job, tmp_path / "spool").batches == 1
+    job.close()
+    context = ssl.create_default_context(cafile=str(certificate[0]))
+    head = {"Authorization": f"Bearer {TOKEN}"}
+    with httpx.Client(base_url=service.url, verify=context, headers=head) as client:
+        wait_for(lambda: client.get("/api/v1/runs/tls-spool/records").status_code == 200)
+    assert relay.stop() == 0, relay.log
 
 
 def test_doctor_says_what_is_wrong_with_the_certificate(

@@ -33,6 +33,7 @@ def test_wrong_use_is_refused_at_attach(start: Callable[..., Watch]) -> None:
         (model, optimizer, {"include": "nothing"}, ValueError, "leave none of 4"),
         (model, optimizer, {"include": "("}, ValueError, "no regular expression"),
         (model, optimizer, {"url": "ftp://x"}, ValueError, "http://"),
+        (model, optimizer, {"config": {"x": "y" * 2**22}}, ValueError, r"4\.0 MiB as JSON"),
         (model, optimizer, {"url": "http://"}, ValueError, "http://host"),
         (model, optimizer, {"url": "http://x:84x0"}, ValueError, "http://host"),
         (model, optimizer, {"url": "http:// x"}, ValueError, "http://host"),

@@ -208,8 +208,9 @@ def test_an_answer_cut_short_is_no_answer() -> None:
 
 
 def test_where_and_who_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORESHOCK_URL", "https://watch.example/")
-    monkeypatch.setenv("FORESHOCK_TOKEN", "from-the-environment")
+    # As files of secrets have it.
+    monkeypatch.setenv("FORESHOCK_URL", "https://watch.example/\n")
+    monkeypatch.setenv("FORESHOCK_TOKEN", " from-the-environment\n")
     seen: list[httpx.Request] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -223,6 +224,8 @@ def test_where_and_who_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
     assert seen[0].headers["authorization"] == "Bearer from-the-environment"
     with pytest.raises(ValueError, match="allowed: http"):
         Client("ftp://watch")
+    with pytest.raises(ValueError, match="FORESHOCK_TOKEN"):
+        Client(token="two words")
 
 
 def test_without_pandas_a_frame_is_refused_clearly(monkeypatch: pytest.MonkeyPatch) -> None:

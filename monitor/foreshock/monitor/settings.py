@@ -19,6 +19,8 @@ from foreshock.monitor.whatif import known_formats
 
 __all__ = ["WatchSettings", "default_collect", "default_spool", "default_token", "default_url"]
 
+# As the service has it.
+_MOST_CONFIG: Final = 4 * 2**20
 _LOOKS_LIKE_AN_ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
@@ -173,8 +175,13 @@ def _check_config(config: object) -> None:
     try:
         if config is not None and not isinstance(config, Mapping):
             raise TypeError(f"it is a {type(config).__name__}, not a dict")
-        json.dumps(config, allow_nan=False)
+        size = len(json.dumps(config, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"config is not plain data ({error}); allowed: dicts, lists, text, finite numbers"
         ) from None
+    if size > _MOST_CONFIG:
+        raise ValueError(
+            f"config is {size / 2**20:.1f} MiB as JSON; the service takes at most 4 MiB, so leave "
+            "out what is not for people to read"
+        )

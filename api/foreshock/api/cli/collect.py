@@ -67,10 +67,15 @@ def collect(
     extras.require("api")
     from foreshock.api.collect.settings import CollectSettings
     from foreshock.api.settings import Settings, SettingsError
+    from foreshock.monitor.certificates import verification
 
+    # What is read from a file of secrets often ends in a line break.
+    token, upstream_token = ((text or "").strip() or None for text in (token, upstream_token))
     try:
+        # FORESHOCK_CA, as everywhere.
+        authorities = verification()
         # The one in the environment may be there for other commands.
-        upstream = relay or url
+        upstream = (relay or url or "").strip() or None
         if upstream is None:
             raise SettingsError("give --url, the service, or --relay, the next relay")
         settings = CollectSettings(
@@ -79,13 +84,14 @@ def collect(
                 data_dir=data,
                 host=host,
                 port=port,
-                token=token or None,
+                token=token,
                 token_requests=0,
                 max_connections=4096,
             ),
             upstream=upstream,
             upstream_is_relay=relay is not None,
-            upstream_token=upstream_token or token or None,
+            upstream_token=upstream_token or token,
+            authorities=None if isinstance(authorities, bool) else authorities,
             wait_seconds=wait,
             interval_seconds=interval,
             max_bytes=max_mib * 1024 * 1024,

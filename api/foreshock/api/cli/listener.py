@@ -33,8 +33,13 @@ def claim(folder: Path) -> IO[bytes]:
     Raises:
         OSError: Another service has it, or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("wb")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("wb")
+    except (FileExistsError, NotADirectoryError):
+        raise OSError(f"--data {folder} is a file, or lies below one; give a folder") from None
+    except OSError as error:
+        raise OSError(f"--data {folder} cannot be used: {error.strerror}") from None
     try:
         _lock(file)
     except OSError:

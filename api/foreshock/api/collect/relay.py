@@ -78,7 +78,11 @@ class Relay:
         joins = settings.upstream_is_relay
         self.forwarder = Forwarder(
             self.depot,
-            Upstream(settings.upstream, token=settings.upstream_token),
+            Upstream(
+                settings.upstream,
+                token=settings.upstream_token,
+                authorities=settings.authorities,
+            ),
             send_reports=self._send_reports if joins else None,
             interval=settings.interval_seconds,
         )

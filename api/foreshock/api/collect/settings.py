@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from ssl import SSLContext
 from typing import Final
+from urllib.parse import urlsplit
 
 from foreshock.api.settings import Settings, SettingsError
 
@@ -23,6 +25,7 @@ class CollectSettings:
         upstream: Base address of the service, or of the next relay.
         upstream_is_relay: Then reports are joined and passed on; else they go into the records.
         upstream_token: Bearer token for it.
+        authorities: Who may vouch for it; None takes the system's, or those of SSL_CERT_FILE.
         wait_seconds: Longest time that a batch waits for reports of its steps.
         interval_seconds: Time between two bundles to the next relay.
         max_bytes: Bound on batches on disk; beyond it new ones get 503.
@@ -37,6 +40,7 @@ class CollectSettings:
     upstream: str
     upstream_is_relay: bool = False
     upstream_token: str | None = field(default=None, repr=False)
+    authorities: SSLContext | None = field(default=None, repr=False)
     wait_seconds: float = 5.0
     interval_seconds: float = 1.0
     max_bytes: int = 1024 * _MEBIBYTE
@@ -49,10 +53,7 @@ class CollectSettings:
         return self.door.data_dir
 
     def __post_init__(self) -> None:
-        if not self.upstream.startswith(("http://", "https://")):
-            raise SettingsError(
-                f"upstream is {self.upstream!r}; allowed: http://... or https://..."
-            )
+        _check_address(self.upstream)
         if not (math.isfinite(self.wait_seconds) and 0 <= self.wait_seconds <= 300):
             raise SettingsError(f"wait is {self.wait_seconds}; allowed: 0 to 300 seconds")
         if not 0.01 <= self.interval_seconds <= 60:
@@ -60,3 +61,16 @@ class CollectSettings:
         for name in ("max_bytes", "most_steps", "most_launches"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+
+
+def _check_address(upstream: str) -> None:
+    wrong = f"upstream is {upstream!r}; allowed: http://host:port or https://host:port"
+    try:
+        parts = urlsplit(upstream)
+        port = parts.port
+    except ValueError as error:
+        raise SettingsError(f"{wrong} ({error})") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise SettingsError(wrong)
+    if any(character.isspace() for character in upstream):
+        raise SettingsError(wrong)

@@ -44,19 +44,27 @@ class Upstream:
     Args:
         url: Base address.
         token: Bearer token, or None.
+        authorities: Who may vouch for the other side's certificate.
         timeout: Seconds for one answer.
 
     Attributes:
         sent_bytes: Bytes of bodies sent so far, repeats included.
     """
 
-    def __init__(self, url: str, *, token: str | None, timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None,
+        authorities: ssl.SSLContext | None = None,
+        timeout: float = 60.0,
+    ) -> None:
         self._client = httpx.Client(
             base_url=url.rstrip("/") + "/api/v1/",
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(timeout, connect=5.0),
-            # The system's authorities, or those of SSL_CERT_FILE.
-            verify=ssl.create_default_context(),
+            # By default the system's authorities, or those of SSL_CERT_FILE.
+            verify=authorities or ssl.create_default_context(),
             # The addresses of a cluster are no business of a proxy.
             trust_env=False,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -60,7 +61,8 @@ class Client(AccessCalls):
         transport: Instead of the network, for tests.
 
     Raises:
-        ValueError: The address is not http or https, or `FORESHOCK_CA` is no certificate.
+        ValueError: The address is not http or https, the token no text for a header, or
+            `FORESHOCK_CA` no certificate.
     """
 
     def __init__(
@@ -73,10 +75,13 @@ class Client(AccessCalls):
         retry: Retry | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        address = url or os.environ.get("FORESHOCK_URL") or DEFAULT_URL
+        # What is read from a file of secrets often ends in a line break.
+        address = (url or os.environ.get("FORESHOCK_URL") or "").strip() or DEFAULT_URL
         if not address.startswith(("http://", "https://")):
             raise ValueError(f"url is {address!r}; allowed: http://... or https://...")
-        secret = token or os.environ.get("FORESHOCK_TOKEN")
+        secret = (token or os.environ.get("FORESHOCK_TOKEN") or "").strip()
+        if not re.fullmatch("[!-~]*", secret):
+            raise ValueError("the token (FORESHOCK_TOKEN) holds what no HTTP header can carry")
         client = httpx.Client(
             base_url=address.rstrip("/") + "/",
             headers={"Authorization": f"Bearer {secret}"} if secret else {},

@@ -9,6 +9,7 @@ from typing import Final
 
 from foreshock.api.cli.importers.names import Names, parse_map
 from foreshock.api.cli.importers.points import Imported, ImportProblem
+from foreshock.api.cli.importers.separated import encoding_of, separator_of
 from foreshock.api.cli.importers.tables import read_csv, read_json_lines, read_parquet
 from foreshock.api.cli.importers.te_debug import LINE, read_te_debug
 from foreshock.api.cli.importers.tensorboard import read_events
@@ -130,7 +131,7 @@ def _detected(path: Path) -> str | None:
     if "tfevents" in path.name or b"brain.Event:" in head[:64]:
         return "tensorboard"
     try:
-        text = head.decode("utf-8-sig", errors="strict" if len(head) < _HEAD else "ignore")
+        text = head.decode(encoding_of(head), errors="strict" if len(head) < _HEAD else "ignore")
     except UnicodeDecodeError:
         return None
     return _detected_text(path, text)
@@ -146,9 +147,17 @@ def _detected_text(path: Path, text: str) -> str | None:
         return None
     if _is_object(lines[0]) or text.lstrip().startswith("["):
         return "jsonl"
-    if not lines[0].startswith("{") and "," in lines[0]:
+    if not lines[0].startswith("{") and _is_table(lines):
         return "wandb" if "_step" in lines[0] else "csv"
     return None
+
+
+def _is_table(lines: Sequence[str]) -> bool:
+    separator = separator_of(lines[0])
+    if separator == ",":
+        return "," in lines[0]
+    # Semicolons and tabs stand in text too: there the next line need not have as many.
+    return len(lines) < 2 or lines[0].count(separator) == lines[1].count(separator)
 
 
 def _is_object(line: str) -> bool:

@@ -19,6 +19,12 @@ import pyarrow.parquet as pq
 
 from foreshock.api.cli.importers.names import Names
 from foreshock.api.cli.importers.points import Imported, ImportProblem, Point, Report, scalar_runs
+from foreshock.api.cli.importers.separated import (
+    decimal_commas,
+    encoding_of,
+    rows_of,
+    with_points,
+)
 from foreshock.api.cli.importers.values import as_number, as_step
 
 __all__ = ["read_csv", "read_json_lines", "read_parquet"]
@@ -42,14 +48,16 @@ class _Table:
 def read_csv(path: Path, names: Names) -> Imported:
     """A CSV file with a column of steps: plain, a W&B history, or a W&B chart of several runs.
 
+    Cells are parted by commas, semicolons or tabs.
+
     Raises:
         ImportProblem: Not CSV, or no column of steps.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file, strict=True) if any(c.strip() for c in row)]
+        content = path.read_bytes()
+        separator, rows = rows_of(content.decode(encoding_of(content)))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ImportProblem(f"{path} is not CSV in UTF-8: {error}") from None
+        raise ImportProblem(f"{path} is not CSV in UTF-8 or UTF-16: {error}") from None
     if len(rows) < 2:
         raise ImportProblem(f"{path} has no rows")
     header = [cell.strip() for cell in rows[0]]
@@ -57,6 +65,9 @@ def read_csv(path: Path, names: Names) -> Imported:
         twice = next(name for name in header if header.count(name) > 1)
         raise ImportProblem(f"{path}: column {twice!r} stands twice")
     report = Report("wandb" if "_step" in header or _is_chart(header) else "csv")
+    if decimal_commas(separator, rows[1:]):
+        report.notes.append("numbers are written with a decimal comma")
+        rows = [rows[0], *map(with_points, rows[1:])]
     whole = [dict(zip(header, cells, strict=True)) for cells in _whole(path, rows, report)]
     return _read(_Table(path, report.format, header, whole, report), names)
 
@@ -86,13 +97,14 @@ def read_json_lines(path: Path, names: Names) -> Imported:
 
 def _objects(path: Path, report: Report) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        text = content.decode(encoding_of(content))
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
             rows = list(_lines(path, text.splitlines(), report))
     except ValueError as error:
-        raise ImportProblem(f"{path} is no JSON in UTF-8: {str(error)[:200]}") from None
+        raise ImportProblem(f"{path} is no JSON in UTF-8 or UTF-16: {str(error)[:200]}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise ImportProblem(f"{path}: a row is no object")
     return list(rows)

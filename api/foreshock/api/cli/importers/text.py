@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from foreshock.api.cli.importers.names import Names
 from foreshock.api.cli.importers.points import Imported, ImportProblem, Point, Report, scalar_runs
+from foreshock.api.cli.importers.separated import encoding_of
 from foreshock.api.cli.importers.values import as_number, as_step
 
 __all__ = ["read_lines", "read_trainer_states"]
@@ -95,7 +96,9 @@ def _matches(
     path: Path, expression: re.Pattern[str], report: Report
 ) -> Iterator[tuple[str | None, Point]]:
     several = "run" in expression.groupindex
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as head:
+        encoding = encoding_of(head.read(4))
+    with path.open(encoding=encoding, errors="replace") as file:
         for line in file:
             found = expression.search(line)
             if found is None:

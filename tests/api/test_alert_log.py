@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from foreshock.api.alert_log import AlertContent, AlertLog, UnknownAlert, deliveries
+from foreshock.api.alert_model import Stakes, outranked
 from foreshock.api.alert_text import alert_annotations, alert_labels
 from foreshock.api.registry import Registry
 from foreshock.monitor.record import Risk
@@ -82,6 +83,42 @@ def test_detection_joins_a_firing_forecast_and_both_end_together(registry: Regis
     assert {a.state for a in log.find()} == {"resolved"}
 
 
+def lose(log: AlertLog, step: int) -> list[str]:
+    """The loss of a step is not finite."""
+    answer = risk(step, "firing", "detection")
+    return [a.name for a in log.follow(SUBJECT, answer, partial(content, step), lost=True)]
+
+
+def test_a_loss_that_is_not_finite_is_an_alert_of_its_own_and_the_only_new_one(
+    registry: Registry,
+) -> None:
+    log = AlertLog(registry)
+    assert lose(log, 3) == ["TrainingLossNotFinite"]
+    # Finite again, and still detected: nothing that people do not know.
+    assert follow(log, risk(4, "firing", "detection")) == []
+    assert lose(log, 5) == []
+    assert log.firing() == {("default", "llama", "nonfinite")}
+    assert follow(log, risk(9, "resolved")) == [("TrainingLossNotFinite", "resolved")]
+
+
+def test_a_rising_loss_that_becomes_nan_pages_again_and_all_end_together(
+    registry: Registry,
+) -> None:
+    log = AlertLog(registry)
+    follow(log, risk(1, "firing", "forecast"), risk(2, "firing", "detection"))
+    assert lose(log, 3) == ["TrainingLossNotFinite"]
+    worst = {a.id for a in log.find() if a.kind == "nonfinite"}
+    assert outranked(log.find()) == {a.id for a in log.find()} - worst
+    assert len(follow(log, risk(9, "resolved"))) == 3
+
+
+def test_a_pending_risk_is_no_nan_yet(registry: Registry) -> None:
+    log = AlertLog(registry)
+    answer = risk(3, "pending", "detection")
+    (alert,) = log.follow(SUBJECT, answer, partial(content, 3), lost=True)
+    assert (alert.kind, alert.state) == ("detection", "pending")
+
+
 def test_a_restart_goes_on_with_the_open_alert(registry: Registry) -> None:
     follow(AlertLog(registry, ["hook"]), risk(3, "firing", "forecast"))
     again = AlertLog(registry, ["hook"])
@@ -143,6 +180,15 @@ def test_non_finite_numbers_survive(registry: Registry) -> None:
     odd = AlertContent(step=1, probability={10: 0.1}, drivers=({"contribution": math.inf},))
     log.follow(SUBJECT, risk(1, "firing", "detection"), lambda: odd)
     assert log.find()[0].content.drivers == ({"contribution": "Infinity"},)
+
+
+def test_stakes_and_bands_are_kept(registry: Registry) -> None:
+    stakes = Stakes(step_seconds=3.0, hours_at_risk=0.5, world_size=8)
+    said = AlertContent(step=1, probability={10: 0.1}, band={10: (0.05, 0.2)}, stakes=stakes)
+    AlertLog(registry).follow(SUBJECT, risk(1, "firing", "forecast"), lambda: said)
+    (alert,) = AlertLog(registry).find()
+    assert (alert.content.band, alert.content.stakes) == ({10: (0.05, 0.2)}, stakes)
+    assert alert.content.stakes.gpu_hours == 4.0
 
 
 def test_feedback_is_kept_and_replaced(registry: Registry) -> None:

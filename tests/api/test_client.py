@@ -126,7 +126,8 @@ def test_risk(client: Client) -> None:
 
 def test_alerts_and_events(client: Client) -> None:
     (alert,) = client.alerts("llama", state="firing")
-    assert (alert.kind, alert.fired_step) == ("detection", STEPS)
+    assert (alert.kind, alert.fired_step) == ("nonfinite", STEPS)
+    assert (alert.world_size, alert.severity) == (2, "critical")
     judged = client.feedback(alert.id, correct=True, note="it was")
     assert (judged.correct, judged.note) == (True, "it was")
     assert client.alerts(limit=1) == [judged]

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from foreshock.api.alert_log import Alert, AlertLog, Transition
+from foreshock.api.channel_apprise import AppriseChannel
 from foreshock.api.channels import (
     AlertmanagerChannel,
-    AppriseChannel,
     Channel,
     DeliveryError,
 )

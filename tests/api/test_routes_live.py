@@ -177,17 +177,17 @@ def test_diagnosis_names_causes_with_evidence(scene: Scene) -> None:
 
 def test_the_alert_is_listed_delivered_and_can_be_judged(scene: Scene) -> None:
     (alert,) = scene.firing()
-    assert alert["name"] == "TrainingLossDiverging"
+    assert alert["name"] == "TrainingLossNotFinite"
     assert alert["fired_step"] == HEALTHY
     assert alert["labels"] == {
-        "alertname": "TrainingLossDiverging",
+        "alertname": "TrainingLossNotFinite",
         "project": "default",
         "run": "llama",
         "severity": "critical",
     }
     wait_until(lambda: all(d["delivered_at"] for d in scene.firing()[0]["deliveries"]))
     titles = [str(body["title"]) for body in scene.receiver.bodies()]
-    assert "[firing] TrainingLossDiverging llama" in titles
+    assert "[firing] TrainingLossNotFinite llama" in titles
     with scene.client as client:
         path = f"/api/v1/alerts/{alert['id']}/feedback"
         judged = client.post(path, json={"correct": True, "note": "it was"}).json()
@@ -292,7 +292,7 @@ def test_a_restart_tells_nobody_twice_and_remembers(scene: Scene, tmp_path: Path
         assert scene.service.stop() == 0
     assert "exceeded" not in scene.service.log
     scene.service.start()
-    assert [alert["name"] for alert in scene.firing()] == ["TrainingLossDiverging"]
+    assert [alert["name"] for alert in scene.firing()] == ["TrainingLossNotFinite"]
     again = scene.get(f"{RUN}/risk")
     assert (again["step"], again["state"], again["kind"]) == (
         risk["step"],

@@ -9,12 +9,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any
 
 import sqlalchemy as sa
 
 from foreshock.api.alert_model import (
     ALERT_NAMES,
+    OF_RISK,
+    OUTRANKS,
     SEVERITIES,
     Alert,
     AlertContent,
@@ -45,8 +47,6 @@ __all__ = [
     "UnknownAlert",
     "deliveries",
 ]
-
-_OF_RISK: Final[tuple[AlertKind, ...]] = ("forecast", "detection")
 
 
 class UnknownAlert(LookupError):
@@ -86,37 +86,46 @@ class AlertLog:
                 kinds = self._open.setdefault((row.run_id, row.attempt), {})
                 kinds[row.kind] = _Open(row.id, row.state, subject_of(row))
 
-    def fires(self, subject: AlertSubject, risk: Risk) -> bool:
+    def fires(self, subject: AlertSubject, risk: Risk, *, lost: bool = False) -> bool:
         """Whether `follow` would start an alert with this risk, which then says why."""
         with self._lock:
-            return risk.state == "firing" and not self._known(subject, risk)
+            return risk.state == "firing" and not self._known(subject, risk, _kind(risk, lost))
 
-    def _known(self, subject: AlertSubject, risk: Risk) -> bool:
+    def _known(self, subject: AlertSubject, risk: Risk, kind: AlertKind) -> bool:
         found = self._open.get((subject.run_id, subject.attempt), {})
-        known = found.get(risk.kind or "forecast")
+        if any(kind in OUTRANKS.get(k, ()) and o.state == "firing" for k, o in found.items()):
+            return True
+        known = found.get(kind)
         return known is not None and known.state in (risk.state, "firing", "resolved")
 
     def follow(
-        self, subject: AlertSubject, risk: Risk, explain: Callable[[], AlertContent]
+        self,
+        subject: AlertSubject,
+        risk: Risk,
+        explain: Callable[[], AlertContent],
+        *,
+        lost: bool = False,
     ) -> tuple[Alert, ...]:
         """Bring the log to the state of a risk.
 
         A run has at most one open alert of each kind. A pending one that goes quiet is forgotten;
-        a firing forecast stays when detection joins it, and both end together.
+        a firing forecast stays when a worse one joins it, and all end together. While a worse one
+        fires no lesser one begins.
 
         Args:
             subject: Whose risk it is.
             risk: The answer for the newest step.
             explain: Called only when an alert starts to fire.
+            lost: Whether the loss of that step is not finite.
 
         Returns:
             The alerts that changed.
         """
         with self._lock:
             if risk.state in ("ok", "resolved"):
-                return self._settle(subject, risk.step, "risk is back to normal", _OF_RISK)
-            kind: AlertKind = risk.kind or "forecast"
-            if self._known(subject, risk):
+                return self._settle(subject, risk.step, "risk is back to normal", OF_RISK)
+            kind = _kind(risk, lost)
+            if self._known(subject, risk, kind):
                 return ()
             if risk.state == "firing":
                 content = explain()
@@ -353,6 +362,11 @@ class AlertLog:
                 sa.update(alerts).where(alerts.c.id == alert_id).values(correct=correct, note=note)
             )
         return self.get(alert_id)
+
+
+def _kind(risk: Risk, lost: bool) -> AlertKind:
+    kind: AlertKind = risk.kind or "forecast"
+    return "nonfinite" if lost and kind == "detection" and risk.state == "firing" else kind
 
 
 def _existing(connection: sa.Connection, subject: AlertSubject, kind: str, step: int) -> Any:

@@ -15,6 +15,7 @@ from foreshock.monitor.record import HORIZONS, decode_number, encode_number
 
 __all__ = [
     "ALERT_NAMES",
+    "OF_RISK",
     "OUTRANKS",
     "SEVERITIES",
     "Alert",
@@ -22,6 +23,7 @@ __all__ = [
     "AlertKind",
     "AlertSubject",
     "LoggedState",
+    "Stakes",
     "Transition",
     "alert_of",
     "dump_content",
@@ -34,12 +36,16 @@ LoggedState = Literal["pending", "firing", "resolved"]
 Transition = Literal["firing", "reminder", "resolved"]
 """What a message says: it fires, it still fires, it is over."""
 
-AlertKind = Literal["forecast", "detection", "silence"]
-"""The kinds of risk, and a run that sends nothing any more."""
+AlertKind = Literal["forecast", "detection", "nonfinite", "silence"]
+"""The kinds of risk, the worst of it (the loss is NaN or infinite), and a run that fell silent."""
+
+OF_RISK: Final[tuple[AlertKind, ...]] = ("forecast", "detection", "nonfinite")
+"""Kinds that end when the risk is back to normal."""
 
 ALERT_NAMES: Final[Mapping[AlertKind, str]] = {
     "forecast": "TrainingDivergenceRisk",
     "detection": "TrainingLossDiverging",
+    "nonfinite": "TrainingLossNotFinite",
     "silence": "TrainingRunSilent",
 }
 """Kind to alertname; the Prometheus rules carry the same names."""
@@ -47,11 +53,13 @@ ALERT_NAMES: Final[Mapping[AlertKind, str]] = {
 SEVERITIES: Final[Mapping[AlertKind, str]] = {
     "forecast": "warning",
     "detection": "critical",
+    "nonfinite": "critical",
     "silence": "warning",
 }
 
 
 OUTRANKS: Final[Mapping[AlertKind, tuple[AlertKind, ...]]] = {
+    "nonfinite": ("detection", "forecast"),
     "detection": ("forecast",),
 }
 """Of the same run: while the one fires, the others tell nobody anything new."""
@@ -75,12 +83,37 @@ class AlertSubject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stakes:
+    """What an alert is about, in time and machines.
+
+    Attributes:
+        step_seconds: Usual duration of a step; None if not measured.
+        hours_at_risk: Hours of training since the last checkpoint, or the first record, that was
+            seen: lost if the run diverges now.
+        world_size: Processes of the job, one GPU each; None if it did not say.
+    """
+
+    step_seconds: float | None = None
+    hours_at_risk: float | None = None
+    world_size: int | None = None
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """GPU-hours at risk, if both are known."""
+        if self.hours_at_risk is None or self.world_size is None:
+            return None
+        return self.hours_at_risk * self.world_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AlertContent:
     """What an alert says, as of the step it fired at.
 
     Attributes:
         step: That step.
         probability: Per horizon; None where the model cannot say.
+        band: Per horizon a (low, high) interval for it.
+        stakes: Time and machines.
         expected_lead: Steps until onset, if the model can say.
         causes: From the diagnosis, most likely first: name, probability, layers, role, statistic,
             since_step, evidence, remedy, source.
@@ -90,6 +123,8 @@ class AlertContent:
 
     step: int
     probability: Mapping[int, float | None] = field(default_factory=dict)
+    band: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    stakes: Stakes = field(default_factory=Stakes)
     expected_lead: float | None = None
     causes: tuple[Mapping[str, Any], ...] = ()
     drivers: tuple[Mapping[str, Any], ...] = ()
@@ -103,7 +138,7 @@ class Alert:
     Attributes:
         id: Number of the row.
         subject: Whose it is.
-        kind: forecast, detection or silence.
+        kind: forecast, detection, nonfinite or silence.
         state: pending, firing or resolved.
         opened_step, fired_step, resolved_step: Steps of the transitions.
         starts_at, ends_at: Wall-clock times (UTC) of firing (opening while pending) and resolving.
@@ -157,6 +192,7 @@ def dump_content(content: AlertContent) -> str:
     """As JSON, for the row."""
     body = asdict(content)
     body["probability"] = {str(h): encode_number(p) for h, p in content.probability.items()}
+    body["band"] = {str(horizon): list(edges) for horizon, edges in content.band.items()}
     body["expected_lead"] = encode_number(content.expected_lead)
     return json.dumps(_finite(body), allow_nan=False)
 
@@ -178,6 +214,8 @@ def _load(text: str) -> AlertContent:
         probability={
             h: decode_number(body["probability"].get(str(h)), "probability") for h in HORIZONS
         },
+        band={int(horizon): tuple(edges) for horizon, edges in body.get("band", {}).items()},
+        stakes=Stakes(**body.get("stakes", {})),
         expected_lead=decode_number(body["expected_lead"], "expected_lead"),
         causes=tuple(body["causes"]),
         drivers=tuple(body["drivers"]),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from urllib.parse import quote
 
-from foreshock.api.alert_log import Alert, Transition
+from foreshock.api.alert_facts import facts_of, time_left
+from foreshock.api.alert_model import Alert, Transition
 from foreshock.monitor.record import encode_number
 
-__all__ = ["alert_annotations", "alert_labels", "page_link", "summary", "summary_row"]
+__all__ = ["alert_annotations", "alert_labels", "summary", "summary_row"]
 
 
 def alert_labels(alert: Alert) -> dict[str, str]:
@@ -25,16 +25,31 @@ def alert_labels(alert: Alert) -> dict[str, str]:
     }
 
 
-def alert_annotations(alert: Alert, transition: Transition) -> dict[str, str]:
-    """What an alert says: how sure, how long, why, where, what to do."""
+def alert_annotations(
+    alert: Alert, transition: Transition, page: str | None = None
+) -> dict[str, str]:
+    """What an alert says: how sure, how long, what it costs, why, where, what to do.
+
+    Args:
+        alert: The alert.
+        transition: Whether it fires, still fires, or is over.
+        page: Address of the service as people reach it, for links.
+    """
     content = alert.content
+    facts = facts_of(alert, transition, page)
     said = {
         "summary": summary(alert, transition),
+        "headline": facts.headline,
+        "description": "\n".join(f"{label}: {text}" for label, text in facts.lines),
         "kind": alert.kind,
         "attempt": str(alert.subject.attempt),
         "step": str(alert.content.step),
         "probability": _probabilities(alert),
         "model_version": content.model_version,
+        "time_left": time_left(alert),
+        "gpu_hours_at_risk": _gpu_hours(alert),
+        "link": facts.link,
+        "runbook_url": facts.runbook,
     }
     if content.expected_lead is not None:
         said["expected_lead_steps"] = f"{content.expected_lead:.0f}"
@@ -49,12 +64,19 @@ def alert_annotations(alert: Alert, transition: Transition) -> dict[str, str]:
     return {name: text for name, text in said.items() if text}
 
 
+def _gpu_hours(alert: Alert) -> str:
+    hours = alert.content.stakes.gpu_hours
+    return "" if hours is None else f"{hours:.2f}"
+
+
 def summary(alert: Alert, transition: Transition) -> str:
     """One line for a person."""
     if transition == "resolved":
         return f"{alert.subject.run}: {alert.end_reason or 'over'} (step {alert.resolved_step})"
     if alert.kind == "silence":
         return f"{alert.subject.run}: no records since step {alert.content.step}"
+    if alert.kind == "nonfinite":
+        return f"{alert.subject.run}: the loss is not finite at step {alert.content.step}"
     if alert.kind == "detection":
         return f"{alert.subject.run}: the loss is diverging at step {alert.content.step}"
     lead = alert.content.expected_lead
@@ -69,18 +91,6 @@ def _probabilities(alert: Alert) -> str:
         if probability is not None and math.isfinite(probability)
     ]
     return ", ".join(known)
-
-
-def page_link(page: str | None, alert: Alert) -> str | None:
-    """Address of the run's page.
-
-    Args:
-        page: Address of the service as people reach it, or None when it is not known.
-        alert: The alert.
-    """
-    if page is None:
-        return None
-    return f"{page.rstrip('/')}/?run={quote(alert.subject.run_id, safe='')}"
 
 
 def summary_row(alert: Alert) -> Mapping[str, object]:

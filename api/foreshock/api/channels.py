@@ -1,27 +1,25 @@
-"""Where alerts go: anything apprise knows, and Alertmanager.
+"""Where alerts go: what a channel is, and Alertmanager as one.
 
 Each sends what it is given, once; when, and whether again, is `delivery.py`'s matter.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
-import apprise
 import httpx
 
+from foreshock.api.alert_facts import page_link
 from foreshock.api.alert_model import Alert, Transition
 from foreshock.api.alert_mutes import Mute
-from foreshock.api.alert_text import alert_annotations, alert_labels, page_link
+from foreshock.api.alert_text import alert_annotations, alert_labels
 
 __all__ = [
     "AlertmanagerChannel",
-    "AppriseChannel",
     "Channel",
     "DeliveryError",
     "Silencer",
@@ -97,66 +95,6 @@ class Channel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class AppriseChannel:
-    """One apprise URL: json:// for a plain webhook, mailto://, slack://, ntfy://, ...
-
-    Args:
-        url: The apprise URL; may hold secrets, so it is never logged or stored.
-        page: Address of the service for links.
-
-    Raises:
-        ValueError: apprise does not know such a URL.
-    """
-
-    url: str = field(repr=False)
-    page: str | None = None
-    resend_seconds: float | None = None
-    silencer: Silencer | None = None
-
-    def __post_init__(self) -> None:
-        if apprise.Apprise.instantiate(self.url, suppress_exceptions=True) is None:
-            scheme = urlsplit(self.url).scheme or "no scheme"
-            raise ValueError(
-                f"apprise knows no such alert address ({scheme}://...); for a plain webhook "
-                "write json://host:port/path, for others see the list of apprise"
-            )
-
-    @property
-    def name(self) -> str:
-        """Scheme and a digest of the URL."""
-        digest = hashlib.sha256(self.url.encode()).hexdigest()[:8]
-        return f"{urlsplit(self.url).scheme}-{digest}"
-
-    def send(self, alerts: Sequence[Alert], transition: Transition) -> None:
-        """Send one message an alert; see `Channel.send`."""
-        for alert in alerts:
-            sender = apprise.Apprise()
-            sender.add(self.url)
-            sent = sender.notify(
-                title=f"[{transition}] {alert.name} {alert.subject.run}",
-                body=self._body(alert, transition),
-                notify_type=_notify_type(alert, transition),
-                body_format=apprise.NotifyFormat.TEXT,
-            )
-            if not sent:
-                raise DeliveryError("apprise could not deliver; its log names the reason")
-
-    def _body(self, alert: Alert, transition: Transition) -> str:
-        facts = alert_labels(alert) | alert_annotations(alert, transition)
-        summary = facts.pop("summary")
-        address = page_link(self.page, alert)
-        if address is not None:
-            facts["link"] = address
-        return "\n".join([summary, "", *(f"{name}: {text}" for name, text in facts.items())])
-
-
-def _notify_type(alert: Alert, transition: Transition) -> Any:
-    if transition == "resolved":
-        return apprise.NotifyType.SUCCESS
-    return apprise.NotifyType.FAILURE if alert.kind == "detection" else apprise.NotifyType.WARNING
-
-
-@dataclass(frozen=True, slots=True)
 class AlertmanagerChannel:
     """One Alertmanager, through `POST /api/v2/alerts`.
 
@@ -168,12 +106,15 @@ class AlertmanagerChannel:
         page: Address of the service for links.
         resend_seconds: How often firing alerts are sent again.
         timeout: Seconds a request may take.
+        labels: Labels that Prometheus adds to its alerts (`external_labels`), name and value: the
+            service's own have to carry them too, or every alert would come twice.
     """
 
     url: str
     page: str | None = None
     resend_seconds: float | None = 60.0
     timeout: float = 10.0
+    labels: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -236,15 +177,14 @@ class AlertmanagerChannel:
         else:
             ends_at = datetime.now(UTC) + timedelta(seconds=4 * (self.resend_seconds or 60.0))
         body: dict[str, Any] = {
-            "labels": alert_labels(alert),
-            "annotations": alert_annotations(alert, transition),
+            "labels": dict(self.labels) | alert_labels(alert),
+            "annotations": alert_annotations(alert, transition, self.page),
             "startsAt": alert.starts_at.isoformat(),
             "endsAt": ends_at.isoformat(),
         }
         address = page_link(self.page, alert)
         if address is not None:
             body["generatorURL"] = address
-            body["annotations"]["link"] = address
         return body
 
 

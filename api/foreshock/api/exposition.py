@@ -23,7 +23,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector, CollectorRegistry
 from prometheus_client.samples import Sample
 
-from foreshock.api.alert_log import AlertKind
+from foreshock.api.alert_model import ALERT_NAMES, AlertKind
 from foreshock.api.columns import TensorLayout
 from foreshock.api.metric_names import (
     LAYER_METRICS,
@@ -52,7 +52,7 @@ __all__ = [
 FiringAlert = tuple[str, str, AlertKind]
 """Project, run and kind of an alert that is firing."""
 
-ALERT_KINDS: Final[tuple[AlertKind, ...]] = ("forecast", "detection", "silence")
+ALERT_KINDS: Final[tuple[AlertKind, ...]] = tuple(ALERT_NAMES)
 
 MOST_RUNS: Final = 500
 """Runs exposed at once, the most recently active ones."""

@@ -24,7 +24,7 @@ from foreshock.api.alert_text import summary_row
 from foreshock.api.columns import tensor_rows
 from foreshock.api.exposition import RunReading
 from foreshock.api.leases import HOUSEKEEPING
-from foreshock.api.live_alerts import AlertFollower
+from foreshock.api.live_alerts import AlertFollower, sightings
 from foreshock.api.live_parts import LiveParts, RecordStore, UnknownRun
 from foreshock.api.live_run import Latest, RunAnalysis
 from foreshock.api.live_silence import RunSilence
@@ -368,7 +368,7 @@ class LiveAnalysis:
         if named is None:
             raise UnknownRun(f"the registry does not know run {run_id}")
         subject = AlertSubject(run_id, named.project, named.name, attempt)
-        run = RunAnalysis(subject)
+        run = RunAnalysis(subject, named.world_size)
         scored = parts.store.last_risk_step(run_id, attempt)
         if scored is not None:
             run.begin(parts.store.step_before(run_id, attempt, scored, WARM_RECORDS))
@@ -421,8 +421,8 @@ class LiveAnalysis:
             self._parts.tally.add("foreshock_analysis_errors_total", answer.failed)
         if answer.risks:
             self._unsaved.setdefault(run.key, []).extend(answer.risks)
-        for _, risk in answer.risks:
-            self._alerts.follow(run.subject, risk)
+        for seen in sightings(run, table, [risk for _, risk in answer.risks]):
+            self._alerts.follow(run.subject, seen)
         self._publish(run)
 
     def _tell(self, changed: Sequence[Alert]) -> None:

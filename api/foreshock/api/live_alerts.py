@@ -7,22 +7,56 @@ that each attempt's alerts keep their order. Decides no threshold, delivers noth
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
+import pyarrow as pa
+
 from foreshock.api.alert_log import Alert, AlertContent, AlertLog, AlertSubject
+from foreshock.api.alert_model import Stakes
 from foreshock.api.diagnosis import Cause
+from foreshock.api.live_run import RunAnalysis
 from foreshock.api.scoring import RunKey
 from foreshock.monitor.record import Risk
 
-__all__ = ["AlertFollower"]
+__all__ = ["AlertFollower", "Sighting", "lost_steps", "sightings"]
 
 logger = logging.getLogger(__name__)
 
 Diagnose = Callable[[str, int, int], tuple[Cause, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A risk, and what alerts about it need to know besides.
+
+    Attributes:
+        risk: The answer for a step.
+        lost: Whether the loss of that step is not finite.
+        stakes: Time and machines.
+    """
+
+    risk: Risk
+    lost: bool = False
+    stakes: Stakes = field(default_factory=Stakes)
+
+    def content(self, causes: tuple[Cause, ...]) -> AlertContent:
+        """What an alert that begins here says."""
+        risk = self.risk
+        return AlertContent(
+            step=risk.step,
+            probability=risk.probability,
+            band=risk.band,
+            stakes=self.stakes,
+            expected_lead=risk.expected_lead,
+            causes=tuple(asdict(cause) for cause in causes),
+            drivers=tuple(asdict(driver) for driver in risk.drivers),
+            model_version=risk.model_version,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +65,7 @@ class _Waiting:
 
     subject: AlertSubject
     causes: Future[tuple[Cause, ...]]
-    risks: deque[Risk] = field(default_factory=deque)
+    sightings: deque[Sighting] = field(default_factory=deque)
 
 
 class AlertFollower:
@@ -67,16 +101,20 @@ class AlertFollower:
         """Whether any attempt waits."""
         return bool(self._waiting)
 
-    def follow(self, subject: AlertSubject, risk: Risk) -> None:
+    def follow(self, subject: AlertSubject, seen: Sighting) -> None:
         """Take in the next risk of an attempt."""
         key = (subject.run_id, subject.attempt)
         waiting = self._waiting.get(key)
         if waiting is not None:
-            waiting.risks.append(risk)
-        elif self._log.fires(subject, risk):
-            self._ask(subject, deque([risk]))
+            waiting.sightings.append(seen)
+        elif self._log.fires(subject, seen.risk, lost=seen.lost):
+            self._ask(subject, deque([seen]))
         else:
-            self._tell(self._log.follow(subject, risk, partial(_content, risk, ())))
+            self._log_it(subject, seen, ())
+
+    def _log_it(self, subject: AlertSubject, seen: Sighting, causes: tuple[Cause, ...]) -> None:
+        explain = partial(seen.content, causes)
+        self._tell(self._log.follow(subject, seen.risk, explain, lost=seen.lost))
 
     def forget(self, run_id: str) -> None:
         """A run is gone: what waits of it is not logged."""
@@ -101,21 +139,21 @@ class AlertFollower:
         """End the thread; what waits is scored again after a restart."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, subject: AlertSubject, risks: deque[Risk]) -> None:
-        step = risks[0].step
+    def _ask(self, subject: AlertSubject, sightings: deque[Sighting]) -> None:
+        step = sightings[0].risk.step
         causes = self._threads.submit(self._diagnose, subject.run_id, subject.attempt, step)
-        self._waiting[subject.run_id, subject.attempt] = _Waiting(subject, causes, risks)
+        self._waiting[subject.run_id, subject.attempt] = _Waiting(subject, causes, sightings)
 
     def _advance(self, key: RunKey, waiting: _Waiting) -> None:
         del self._waiting[key]
-        risks = waiting.risks
-        explain = partial(_content, risks[0], self._causes(waiting))
-        self._tell(self._log.follow(waiting.subject, risks.popleft(), explain))
-        while risks:
-            if self._log.fires(waiting.subject, risks[0]):
-                self._ask(waiting.subject, risks)
+        sightings = waiting.sightings
+        self._log_it(waiting.subject, sightings.popleft(), self._causes(waiting))
+        while sightings:
+            seen = sightings[0]
+            if self._log.fires(waiting.subject, seen.risk, lost=seen.lost):
+                self._ask(waiting.subject, sightings)
                 return
-            self.follow(waiting.subject, risks.popleft())
+            self.follow(waiting.subject, sightings.popleft())
 
     def _causes(self, waiting: _Waiting) -> tuple[Cause, ...]:
         try:
@@ -125,12 +163,26 @@ class AlertFollower:
             return ()
 
 
-def _content(risk: Risk, causes: tuple[Cause, ...]) -> AlertContent:
-    return AlertContent(
-        step=risk.step,
-        probability=risk.probability,
-        expected_lead=risk.expected_lead,
-        causes=tuple(asdict(cause) for cause in causes),
-        drivers=tuple(asdict(driver) for driver in risk.drivers),
-        model_version=risk.model_version,
+def sightings(run: RunAnalysis, table: pa.Table, risks: Sequence[Risk]) -> list[Sighting]:
+    """What alerts are to see of some risks.
+
+    Args:
+        run: Whose they are; it has taken them in.
+        table: The records that they answer.
+        risks: In order.
+    """
+    detected = any(risk.state == "firing" and risk.kind == "detection" for risk in risks)
+    lost = lost_steps(table) if detected else frozenset()
+    stakes = run.stakes if any(risk.state == "firing" for risk in risks) else Stakes()
+    return [Sighting(risk, risk.step in lost, stakes) for risk in risks]
+
+
+def lost_steps(table: pa.Table) -> frozenset[int]:
+    """Steps of a table of `SCHEMA` whose loss is NaN or infinite."""
+    return frozenset(
+        step
+        for step, scalars in zip(
+            table["step"].to_pylist(), table["scalars"].to_pylist(), strict=True
+        )
+        if not math.isfinite(dict(scalars or ()).get("loss", 0.0))
     )

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from foreshock.api.alert_log import AlertSubject
+from foreshock.api.alert_model import Stakes
 from foreshock.api.columns import RecordColumns, RecordReader
 from foreshock.api.exposition import RunReading
 from foreshock.api.scoring import Newest, RunKey, Scored, ScoringTask, Snapshot
@@ -66,6 +67,7 @@ class RunAnalysis:
 
     Args:
         subject: Whose it is.
+        world_size: Processes of its job, if that is known.
 
     Attributes:
         subject: As given.
@@ -77,8 +79,9 @@ class RunAnalysis:
         served: Monotonic seconds when it was scored last; kept by the caller.
     """
 
-    def __init__(self, subject: AlertSubject) -> None:
+    def __init__(self, subject: AlertSubject, world_size: int | None = None) -> None:
         self.subject = subject
+        self._world_size = world_size
         self.last_step = -1
         self.silent_until = -1
         self.behind = True
@@ -112,6 +115,18 @@ class RunAnalysis:
             step_seconds=newest.step_seconds,
             steps_per_record=newest.steps_per_record,
             safe_since=newest.safe_since,
+        )
+
+    @property
+    def stakes(self) -> Stakes:
+        """Time and machines, as of the newest answer."""
+        latest = self.latest
+        if latest is None:
+            return Stakes(world_size=self._world_size)
+        return Stakes(
+            step_seconds=latest.step_seconds,
+            hours_at_risk=latest.hours_at_risk,
+            world_size=self._world_size,
         )
 
     @property

@@ -18,7 +18,8 @@ import pyarrow as pa
 from foreshock.api.alert_log import Alert, AlertLog
 from foreshock.api.alert_mutes import Mute
 from foreshock.api.alert_text import summary_row
-from foreshock.api.channels import AlertmanagerChannel, AppriseChannel, Channel
+from foreshock.api.channel_apprise import AppriseChannel
+from foreshock.api.channels import AlertmanagerChannel, Channel
 from foreshock.api.delivery import Delivery
 from foreshock.api.diagnosis import Cause
 from foreshock.api.diagnosis_process import DiagnosisProcess
@@ -49,7 +50,10 @@ def alert_channels(settings: Settings) -> tuple[Channel, ...]:
     """
     page = settings.public_url or None
     through_apprise = (AppriseChannel(url, page=page) for url in settings.alert_urls)
-    alertmanagers = (AlertmanagerChannel(url, page=page) for url in settings.alertmanager_urls)
+    labels = settings.alert_labels
+    alertmanagers = (
+        AlertmanagerChannel(url, page=page, labels=labels) for url in settings.alertmanager_urls
+    )
     return (*through_apprise, *alertmanagers)
 
 
@@ -69,6 +73,7 @@ class LiveService:
         metrics: What `/metrics` shows.
         tally: The service's counters.
         new_scorer: As given.
+        page: Address of the page as people reach it; None when it was not told.
 
     Raises:
         ValueError: An alert address is wrong.
@@ -82,6 +87,7 @@ class LiveService:
         new_scorer: Callable[[], Scorer] | None = None,
     ) -> None:
         channels = alert_channels(settings)
+        self.page = settings.public_url or None
         self._records = RunRecords(store)
         self.new_scorer = new_scorer or ShippedScorers()
         self._diagnosis = DiagnosisProcess()

@@ -139,7 +139,7 @@ RUN_METRICS: Final = (
     MetricSpec(
         "foreshock_alert_firing",
         "gauge",
-        "1 while the run's alert of this kind (forecast, detection, silence) is firing",
+        "1 while the run's alert of this kind (forecast, detection, nonfinite, silence) is firing",
         (*_RUN, "kind"),
     ),
     MetricSpec(

@@ -7,6 +7,7 @@ receivers' addresses), so its repr leaves them out.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = ["Settings", "SettingsError", "is_loopback"]
 
 _MEBIBYTE: Final = 1024 * 1024
 _SHORTEST_TOKEN: Final = 16
+_LABEL: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.+")
 
 
 class SettingsError(ValueError):
@@ -86,6 +88,8 @@ class Settings:
         stale_seconds: and for at least so many seconds.
         alert_urls: apprise addresses that get alerts.
         alertmanager_urls: Alertmanager base addresses.
+        external_labels: Labels that Prometheus adds to its alerts (`external_labels`), each as
+            name=value: with them the service's alerts and the rules' are the same to Alertmanager.
         remind_minutes: A firing alert that nobody acknowledged pages again after so long, except
             through Alertmanager, which repeats by itself; 0 = never.
 
@@ -131,6 +135,7 @@ class Settings:
     stale_seconds: int = 300
     alert_urls: tuple[str, ...] = field(default=(), repr=False)
     alertmanager_urls: tuple[str, ...] = field(default=(), repr=False)
+    external_labels: tuple[str, ...] = ()
     remind_minutes: int = 240
 
     def __post_init__(self) -> None:
@@ -159,6 +164,15 @@ class Settings:
                 f"the token has {len(self.token)} characters; use {_SHORTEST_TOKEN} or more"
             )
 
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        for pair in self.external_labels:
+            if _LABEL.fullmatch(pair) is None or pair.startswith("__"):
+                raise SettingsError(
+                    f"external_labels has {pair!r}; allowed: name=value, as in cluster=a"
+                )
+
     @property
     def store_place(self) -> StorePlace:
         """Where statistics are kept."""
@@ -168,6 +182,12 @@ class Settings:
     def database_place(self) -> sa.URL:
         """Where runs, ledger and alerts are kept."""
         return database_url(self.database, self.data_dir)
+
+    @property
+    def alert_labels(self) -> tuple[tuple[str, str], ...]:
+        """Name and value of each of `external_labels`."""
+        pairs = (pair.partition("=") for pair in self.external_labels)
+        return tuple((name, value) for name, _, value in pairs)
 
     @property
     def page_url(self) -> str:

@@ -1,4 +1,4 @@
-"""`foreshock alert`: what fires, and who has taken it on."""
+"""`foreshock alert`: what fires, who has taken it on, and how it reads."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foreshock.api.cli import durations
+from foreshock.api.cli import durations, extras
 from foreshock.api.cli.data import DEFAULT_URL, Project, Token, Url
 
 if TYPE_CHECKING:
@@ -25,11 +26,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="For a program to read.")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    group = typer.Typer(help="Alerts: list, acknowledge, snooze.", no_args_is_help=True)
+    group = typer.Typer(help="Alerts: list, acknowledge, snooze, preview.", no_args_is_help=True)
     group.command("list")(list_)
     group.command("acknowledge")(acknowledge)
     group.command("snooze")(snooze)
     group.command("unmute")(unmute)
+    group.command("preview")(preview)
     app.add_typer(group, name="alert")
 
 
@@ -78,6 +80,71 @@ def unmute(alert_id: AlertId, url: Url = DEFAULT_URL, token: Token = None) -> No
     """Take back an acknowledgement or a snooze."""
     with _client(url, token) as client:
         typer.echo(_line(client.unmute(alert_id)))
+
+
+class Layout(StrEnum):
+    """Where an alert is read; see `foreshock.api.alert_messages`."""
+
+    CHAT = "chat"
+    PLAIN = "plain"
+    MAIL = "mail"
+    PHONE = "phone"
+    WEBHOOK = "webhook"
+
+
+class Kind(StrEnum):
+    """What an alert is about; see `foreshock.api.alert_model`."""
+
+    FORECAST = "forecast"
+    DETECTION = "detection"
+    NONFINITE = "nonfinite"
+    SILENCE = "silence"
+
+
+class Says(StrEnum):
+    """What a message says of an alert."""
+
+    FIRING = "firing"
+    REMINDER = "reminder"
+    RESOLVED = "resolved"
+
+
+def preview(
+    alert_id: Annotated[
+        int | None,
+        typer.Argument(metavar="[ID]", min=1, help="One of the service; default: a sample."),
+    ] = None,
+    kind: Annotated[Kind, typer.Option(help="Of the sample.")] = Kind.FORECAST,
+    says: Annotated[Says, typer.Option(help="What it says.")] = Says.FIRING,
+    layout: Annotated[list[Layout] | None, typer.Option(help="Only these; default: all.")] = None,
+    send: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Send it there: an apprise address.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Show an alert as chat, mail, phone and program get it, or send it for a try."""
+    extras.require("api")
+    from foreshock.api.alert_samples import sample_alert
+    from foreshock.api.channels import DeliveryError
+    from foreshock.api.cli import alert_preview
+
+    if alert_id is None:
+        alert = sample_alert(kind.value, says.value)
+    else:
+        with _client(url, token) as client:
+            alert = alert_preview.recorded(client.alert(alert_id))
+    if send is None:
+        mediums = [each.value for each in layout or ()]
+        for line in alert_preview.page_text(alert, says.value, mediums, url):
+            typer.echo(line)
+        return
+    try:
+        medium = alert_preview.send(alert, says.value, send, url)
+    except (DeliveryError, ValueError) as error:
+        typer.echo(f"foreshock alert: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"sent, laid out for: {medium}")
 
 
 @contextmanager

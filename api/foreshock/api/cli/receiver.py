@@ -35,8 +35,10 @@ def _handler(log: Path) -> type[BaseHTTPRequestHandler]:
                 return
             with log.open("a") as file:
                 file.write(json.dumps(document) + "\n")
-            self.send_response(204)
+            # With a body: some senders (Slack's) take no other answer for a yes.
+            self.send_response(200)
             self.end_headers()
+            self.wfile.write(b"ok")
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing: the log is the output."""

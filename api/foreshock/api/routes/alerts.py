@@ -80,7 +80,14 @@ class AlertModel(BaseModel):
     end_reason: str | None
     summary: str
     probability: dict[str, Number]
+    band: dict[str, list[Number]] = Field(description="[low, high] of each probability")
     expected_lead: Number
+    step_seconds: Number = Field(description="Usual duration of a step, when it fired")
+    hours_at_risk: Number = Field(
+        description="Hours of training since the last checkpoint (or the first record) seen then"
+    )
+    world_size: int | None
+    gpu_hours_at_risk: Number = Field(description="The same for all processes of the job")
     causes: list[dict[str, Any]]
     drivers: list[dict[str, Any]]
     model_version: str
@@ -236,7 +243,7 @@ def _one(live: LiveService, alert: Alert) -> AlertModel:
 def _models(live: LiveService, found: Sequence[Alert]) -> list[AlertModel]:
     ids = [alert.id for alert in found]
     delivered, mutes = live.log.delivered(ids), live.log.mutes.of(ids)
-    return [_model(alert, delivered[alert.id], mutes.get(alert.id)) for alert in found]
+    return [_model(alert, delivered[alert.id], mutes.get(alert.id), live.page) for alert in found]
 
 
 def _mute_model(mute: Mute) -> MuteModel:
@@ -256,7 +263,12 @@ def _find(live: Live, services: ServicesDep, alert_id: int) -> Alert:
     return alert
 
 
-def _model(alert: Alert, delivered: tuple[Mapping[str, Any], ...], mute: Mute | None) -> AlertModel:
+def _model(
+    alert: Alert,
+    delivered: tuple[Mapping[str, Any], ...],
+    mute: Mute | None,
+    page: str | None,
+) -> AlertModel:
     subject, content = alert.subject, alert.content
     transition: Literal["firing", "resolved"] = (
         "resolved" if alert.state == "resolved" else "firing"
@@ -280,12 +292,17 @@ def _model(alert: Alert, delivered: tuple[Mapping[str, Any], ...], mute: Mute | 
         end_reason=alert.end_reason,
         summary=summary(alert, transition),
         probability={str(h): number(p) for h, p in content.probability.items()},
+        band={str(h): [number(edge) for edge in edges] for h, edges in content.band.items()},
         expected_lead=number(content.expected_lead),
+        step_seconds=number(content.stakes.step_seconds),
+        hours_at_risk=number(content.stakes.hours_at_risk),
+        world_size=content.stakes.world_size,
+        gpu_hours_at_risk=number(content.stakes.gpu_hours),
         causes=[dict(cause) for cause in content.causes],
         drivers=[dict(driver) for driver in content.drivers],
         model_version=content.model_version,
         labels=alert_labels(alert),
-        annotations=alert_annotations(alert, transition),
+        annotations=alert_annotations(alert, transition, page),
         correct=alert.correct,
         note=alert.note,
         mute=None if mute is None or alert.state == "resolved" else _mute_model(mute),

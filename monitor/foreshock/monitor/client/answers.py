@@ -391,7 +391,7 @@ class Alert:
     project: str
     run: str
     attempt: int
-    kind: RiskKind
+    kind: str
     severity: str
     state: str
     step: int
@@ -403,7 +403,12 @@ class Alert:
     end_reason: str | None
     summary: str
     probability: Mapping[int, float | None]
+    band: Mapping[int, tuple[float, float]]
     expected_lead: float | None
+    step_seconds: float | None
+    hours_at_risk: float | None
+    world_size: int | None
+    gpu_hours_at_risk: float | None
     causes: tuple[Cause, ...]
     model_version: str
     labels: Mapping[str, str]
@@ -416,6 +421,7 @@ class Alert:
         """From JSON."""
         mute = body.get("mute")
         converted = {
+            "band": {int(h): (edges[0], edges[1]) for h, edges in body.get("band", {}).items()},
             "mute": None if mute is None else Mute.read(mute),
             "starts_at": _moment(body["starts_at"]),
             "ends_at": _time(body.get("ends_at")),

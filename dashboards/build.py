@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from dashboards.alert_template import TEMPLATE
+from dashboards.configs import SCRAPE_INTERVAL, alertmanager_config, prometheus_config
 from dashboards.fleet_dashboard import fleet_dashboard
 from dashboards.infinity import PLUGIN
 from dashboards.numerics_dashboard import numerics_dashboard
 from dashboards.rule_tests import rule_tests
-from dashboards.rules import SCRAPE_INTERVAL, alertmanager_config, prometheus_config, rules
+from dashboards.rules import rules
 from dashboards.run_dashboard import run_dashboard
+from dashboards.runbook_page import runbook_page
 
 __all__ = ["DASHBOARDS", "files", "write"]
 
@@ -37,7 +40,10 @@ def files() -> Mapping[str, str]:
         "prometheus/prometheus.yml": _yaml(prometheus_config()),
         "prometheus/rules/foreshock.yml": _yaml(rules()),
         "prometheus/tests/foreshock.yml": _yaml(rule_tests()),
+        "prometheus/consoles/runbook.html": runbook_page(),
         "alertmanager/alertmanager.yml": _yaml(alertmanager_config()),
+        "alertmanager/foreshock.tmpl": TEMPLATE,
+        "../api/foreshock/api/page/runbook.html": runbook_page(),
     }
 
 
@@ -101,4 +107,4 @@ def _yaml(document: Mapping[str, Any]) -> str:
 
 if __name__ == "__main__":
     for path in write():
-        print(path.relative_to(FOLDER.parent))
+        print(path.resolve().relative_to(FOLDER.parent))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from dashboards.rules import rules
+from dashboards.rules import WATCHDOG, alert_rules
 
 __all__ = ["rule_tests"]
 
@@ -21,19 +21,32 @@ def rule_tests() -> dict[str, Any]:
     return {
         "rule_files": ["../rules/foreshock.yml"],
         "evaluation_interval": "1m",
-        "tests": [_forecast(), _detection(), _quiet(), _silent(), _dropped(), _down(), _absent()],
+        "tests": [
+            _forecast(),
+            _detection(),
+            _nonfinite(),
+            _quiet(),
+            _silent(),
+            _dropped(),
+            _slow(),
+            _down(),
+            _absent(),
+            _late(),
+            *_troubles(),
+            _undelivered(),
+        ],
     }
 
 
 def _forecast() -> dict[str, Any]:
     firing = _expected("TrainingDivergenceRisk", _RUN)
     series = [
-        _series("foreshock_alert_firing", "0 0 1 1 1 0 0", **_RUN, kind="forecast"),
-        _series("foreshock_alert_firing", "0x6", **_RUN, kind="detection"),
+        _series("foreshock_alert_firing", "0 0 1 1 1 1 0 0 0", **_RUN, kind="forecast"),
+        _series("foreshock_alert_firing", "0x8", **_RUN, kind="detection"),
         # The same run, seen through a second address: still one alert.
-        _series("foreshock_alert_firing", "0 0 1 1 1 0 0", "old:8420", **_RUN, kind="forecast"),
+        _series("foreshock_alert_firing", "0 0 1 1 1 1 0 0 0", "old:8420", **_RUN, kind="forecast"),
         # Another run, calm throughout.
-        _series("foreshock_alert_firing", "0x6", project="default", run="calm", kind="forecast"),
+        _series("foreshock_alert_firing", "0x8", project="default", run="calm", kind="forecast"),
         _series("foreshock_divergence_risk_ratio", "0.1 0.9", **_RUN, horizon="100"),
     ]
     recorded = {
@@ -56,9 +69,9 @@ def _forecast() -> dict[str, Any]:
         "promql_expr_test": [recorded],
         "alert_rule_test": [
             _at("1m", "TrainingDivergenceRisk"),
-            _at("3m", "TrainingDivergenceRisk", firing),
-            _at("3m", "TrainingLossDiverging"),
-            _at("6m", "TrainingDivergenceRisk"),
+            _at("5m", "TrainingDivergenceRisk", firing),
+            _at("5m", "TrainingLossDiverging"),
+            _at("8m", "TrainingDivergenceRisk"),
         ],
     }
 
@@ -68,19 +81,19 @@ def _detection() -> dict[str, Any]:
         "name": "a loss that diverges is critical",
         "interval": "1m",
         "input_series": [
-            _series("foreshock_alert_firing", "0 1 1", **_RUN, kind="detection"),
-            _series("foreshock_alert_firing", "0x2", **_RUN, kind="forecast"),
+            _series("foreshock_alert_firing", "0 1 1 1 1", **_RUN, kind="detection"),
+            _series("foreshock_alert_firing", "0x4", **_RUN, kind="forecast"),
         ],
         "alert_rule_test": [
             _at("0m", "TrainingLossDiverging"),
-            _at("2m", "TrainingLossDiverging", _expected("TrainingLossDiverging", _RUN)),
-            _at("2m", "TrainingDivergenceRisk"),
+            _at("4m", "TrainingLossDiverging", _expected("TrainingLossDiverging", _RUN)),
+            _at("4m", "TrainingDivergenceRisk"),
         ],
     }
 
 
 def _quiet() -> dict[str, Any]:
-    names = [rule["alert"] for rule in rules()["groups"][1]["rules"]]
+    names = [rule["alert"] for rule in alert_rules() if rule["alert"] != WATCHDOG]
     return {
         "name": "a healthy run and service fire nothing",
         "interval": "1m",
@@ -88,11 +101,21 @@ def _quiet() -> dict[str, Any]:
             _series("up", "1x30"),
             _series("foreshock_alert_firing", "0x30", **_RUN, kind="forecast"),
             _series("foreshock_alert_firing", "0x30", **_RUN, kind="detection"),
+            _series("foreshock_alert_firing", "0x30", **_RUN, kind="nonfinite"),
+            _series("foreshock_monitor_overhead_ratio", "0.02x30", **_RUN),
+            _series("foreshock_analysis_errors_total", "2x30"),
+            *_delays("0+60x30", "0+60x30"),
+            *_tries("0+1x30", "0+1x30"),
+            _series("alertmanager_notifications_failed_total", "1x30", integration="slack"),
+            _series("prometheus_rule_evaluation_failures_total", "1x30", rule_group="foreshock"),
             _series("foreshock_divergence_risk_ratio", "0.02x30", **_RUN, horizon="100"),
             _series("foreshock_alert_firing", "0x30", **_RUN, kind="silence"),
             _series("foreshock_records_dropped_total", "3x30", **_RUN),
         ],
-        "alert_rule_test": [_at("25m", name) for name in names],
+        "alert_rule_test": [
+            *(_at("25m", name) for name in names),
+            _at("25m", WATCHDOG, _expected(WATCHDOG, {})),
+        ],
     }
 
 
@@ -100,14 +123,121 @@ def _silent() -> dict[str, Any]:
     return {
         "name": "a silent run fires for as long as the service says so",
         "interval": "1m",
-        "input_series": [_series("foreshock_alert_firing", "0 1 1 1 0", **_RUN, kind="silence")],
+        "input_series": [
+            _series("foreshock_alert_firing", "0 1 1 1 1 0 0 0", **_RUN, kind="silence")
+        ],
         "alert_rule_test": [
             _at("0m", "TrainingRunSilent"),
-            _at("2m", "TrainingRunSilent", _expected("TrainingRunSilent", _RUN)),
-            _at("2m", "TrainingDivergenceRisk"),
-            _at("5m", "TrainingRunSilent"),
+            _at("4m", "TrainingRunSilent", _expected("TrainingRunSilent", _RUN)),
+            _at("4m", "TrainingDivergenceRisk"),
+            _at("7m", "TrainingRunSilent"),
         ],
     }
+
+
+def _nonfinite() -> dict[str, Any]:
+    return {
+        "name": "a loss that is not finite is critical, and the loss that rose before stays",
+        "interval": "1m",
+        "input_series": [
+            _series("foreshock_alert_firing", "0 1 1 1 1 1", **_RUN, kind="detection"),
+            _series("foreshock_alert_firing", "0 0 1 1 1 1", **_RUN, kind="nonfinite"),
+        ],
+        "alert_rule_test": [
+            _at("1m", "TrainingLossNotFinite"),
+            _at("5m", "TrainingLossNotFinite", _expected("TrainingLossNotFinite", _RUN)),
+            _at("5m", "TrainingLossDiverging", _expected("TrainingLossDiverging", _RUN)),
+        ],
+    }
+
+
+def _slow() -> dict[str, Any]:
+    name = "TrainingMonitorSlow"
+    return {
+        "name": "a monitor that takes a quarter of the time is told of, a short spell is not",
+        "interval": "1m",
+        "input_series": [_series("foreshock_monitor_overhead_ratio", "0.02x9 0.25x45", **_RUN)],
+        "alert_rule_test": [
+            _at("20m", name),
+            _at("50m", name, _expected(name, _RUN, value="25%")),
+        ],
+    }
+
+
+def _late() -> dict[str, Any]:
+    name = "ForeshockForecastsLate"
+    # From the 10th minute on every answer takes between 30 and 60 seconds.
+    return {
+        "name": "risks that come late are told of",
+        "interval": "1m",
+        "input_series": _delays("0+60x10 600x30", "0+60x40"),
+        "alert_rule_test": [
+            _at("9m", name),
+            _at("30m", name, _expected(name, _SCRAPED, value="58.5s")),
+        ],
+    }
+
+
+def _troubles() -> list[dict[str, Any]]:
+    """Counters of failures: told of while they rise, and no longer."""
+    cases: tuple[tuple[str, str, dict[str, str]], ...] = (
+        ("ForeshockAnalysisFailing", "foreshock_analysis_errors_total", {}),
+        (
+            "AlertmanagerNotificationsFailing",
+            "alertmanager_notifications_failed_total",
+            {"integration": "slack"},
+        ),
+        (
+            "PrometheusRulesFailing",
+            "prometheus_rule_evaluation_failures_total",
+            {"rule_group": "foreshock"},
+        ),
+    )
+    return [_trouble(*case) for case in cases]
+
+
+def _trouble(name: str, metric: str, labels: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "name": f"{metric} fires while it rises",
+        "interval": "1m",
+        "input_series": [_series(metric, "0 0 0 4 4x30", **labels)],
+        "alert_rule_test": [
+            _at("2m", name),
+            _at("5m", name, _expected(name, {**_SCRAPED, **labels})),
+            _at("20m", name),
+        ],
+    }
+
+
+def _undelivered() -> dict[str, Any]:
+    name = "ForeshockAlertsUndelivered"
+    return {
+        "name": "a receiver that takes nothing is told of, until it takes something",
+        "interval": "1m",
+        "input_series": _tries("0+1x40", "0x9 0x10 1x20"),
+        "alert_rule_test": [
+            _at("1m", name),
+            _at("10m", name, _expected(name, {**_SCRAPED, "channel": "slack-1"})),
+            _at("25m", name),
+        ],
+    }
+
+
+def _delays(quick: str, all_: str) -> list[dict[str, str]]:
+    name = "foreshock_risk_delay_seconds_bucket"
+    return [
+        _series(name, quick, le="30"),
+        _series(name, all_, le="60"),
+        _series(name, all_, le="+Inf"),
+    ]
+
+
+def _tries(failed: str, delivered: str) -> list[dict[str, str]]:
+    name, channel = "foreshock_alert_deliveries_total", "slack-1"
+    return [
+        _series(name, failed, channel=channel, outcome="failed"),
+        _series(name, delivered, channel=channel, outcome="delivered"),
+    ]
 
 
 def _dropped() -> dict[str, Any]:
@@ -157,16 +287,15 @@ def _name(metric: str, labels: Mapping[str, str]) -> str:
     return f"{metric}{{{pairs}}}"
 
 
-def _expected(
-    name: str, labels: Mapping[str, str], said: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def _expected(name: str, labels: Mapping[str, str], *, value: str = "") -> dict[str, Any]:
     """An alert as promtool compares it: all labels and, filled in, all annotations."""
-    rule = next(r for r in rules()["groups"][1]["rules"] if r["alert"] == name)
-    annotations = rule["annotations"] | dict(said or {})
-    for label, value in labels.items():
+    rule = next(r for r in alert_rules() if r["alert"] == name)
+    known = {"$externalURL": "", **{f"$labels.{label}": text for label, text in labels.items()}}
+    known |= {"$value | humanizePercentage": value, "$value | humanizeDuration": value}
+    annotations = rule["annotations"]
+    for what, text in known.items():
         annotations = {
-            key: text.replace(f"{{{{ $labels.{label} }}}}", value)
-            for key, text in annotations.items()
+            k: said.replace(f"{{{{ {what} }}}}", text) for k, said in annotations.items()
         }
     return {"exp_labels": {**labels, **rule["labels"]}, "exp_annotations": annotations}
 

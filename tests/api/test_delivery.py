@@ -141,19 +141,22 @@ def test_an_alert_that_nobody_took_goes_out_after_the_restart(registry: Registry
 def test_failures_are_tried_again_and_told(registry: Registry) -> None:
     channel = FlakyChannel(2)
     log = AlertLog(registry, [channel.name])
-    outcomes: list[tuple[str, str]] = []
+    outcomes: list[tuple[str, str, bool]] = []
     delivery = Delivery(
         registry,
         log,
         [channel],
-        count=lambda channel, outcome: outcomes.append((channel, outcome)),
+        count=lambda channel, outcome, seconds: outcomes.append(
+            (channel, outcome, seconds is not None)
+        ),
         first_wait=0.02,
     )
     fire(log)
     delivery.start()
     wait_until(lambda: all_delivered(log))
     delivery.stop()
-    assert outcomes == [("flaky", "failed"), ("flaky", "failed"), ("flaky", "delivered")]
+    failed = ("flaky", "failed", False)
+    assert outcomes == [failed, failed, ("flaky", "delivered", True)]
     (message,) = log.delivered([1])[1]
     assert (message["tries"], message["error"]) == (3, None)
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from foreshock.api.columns import RecordReader
 from foreshock.api.exposition import (
@@ -20,8 +21,9 @@ from foreshock.api.exposition import (
     RunReading,
     ServiceTally,
     metrics_registry,
+    most_series,
 )
-from foreshock.monitor.record import records_to_table
+from foreshock.monitor.record import TensorIdentity, TensorStatistics, records_to_table
 from tests.api.live_helpers import record, risk
 
 
@@ -118,6 +120,7 @@ def test_firing_alerts_are_those_of_the_log_whether_the_run_is_live_or_not() -> 
         'foreshock_alert_firing{kind="detection",project="default",run="gone"} 1.0',
         'foreshock_alert_firing{kind="detection",project="default",run="llama"} 0.0',
         'foreshock_alert_firing{kind="forecast",project="default",run="llama"} 1.0',
+        'foreshock_alert_firing{kind="nonfinite",project="default",run="llama"} 0.0',
         'foreshock_alert_firing{kind="silence",project="default",run="llama"} 0.0',
     ]
 
@@ -155,6 +158,76 @@ def test_scoring_time_is_a_histogram() -> None:
     assert buckets["0.0025",] == 2
     assert buckets["+Inf",] == 3
     assert samples(exposed(tally=tally), "foreshock_scored_records_total") == {(): 3.0}
+
+
+def test_the_time_to_a_risk_counts_from_the_first_record_that_has_none() -> None:
+    tally = ServiceTally()
+    tally.waits(("a", 1))
+    tally.waits(("a", 1))
+    tally.answered(("a", 1))
+    tally.answered(("a", 1))
+    tally.answered(("b", 1))
+    counts = samples(exposed(tally=tally), "foreshock_risk_delay_seconds_count")
+    assert counts == {(): 1.0}
+
+
+def test_a_channel_is_there_before_anything_was_sent() -> None:
+    tally = ServiceTally(["json-1"])
+    name = "foreshock_alert_deliveries_total"
+    outcomes = {("json-1", what): 0.0 for what in ("delivered", "failed", "abandoned")}
+    assert samples(exposed(tally=tally), name) == outcomes
+    tally.delivery("json-1", "delivered", 0.7)
+    buckets = samples(exposed(tally=tally), "foreshock_alert_delivery_seconds_bucket")
+    assert (buckets["0.5",], buckets["1",]) == (0, 1)
+
+
+def big_reading(run: int) -> RunReading:
+    """A run of 800 tensors with five statistics each: 4,000 series, worst in different layers."""
+    roles = ("input", "weight", "grad_output", "output", "grad_weight")
+    tensors = tuple(
+        TensorStatistics(
+            identity=TensorIdentity(f"blocks.{block}.mlp.down", role, "e4m3"),
+            numel=64,
+            amax=1.0 + (block + run) % 160,
+            kurtosis=3.0 + (7 * block + run) % 160,
+            underflow_ratio=0.001 * ((3 * block + run) % 160),
+            overflow_ratio=0.001 * ((11 * block + run) % 160),
+            headroom_log2=160.0 - (13 * block + run) % 160,
+        )
+        for block in range(160)
+        for role in roles
+    )
+    step = replace(record(7), tensors=tensors)
+    (columns,) = RecordReader().read(records_to_table([step]))
+    return replace(
+        reading(f"run-{run}"), layout=columns.layout, statistics=columns.statistics, state="live"
+    )
+
+
+def test_100_runs_of_4000_series_stay_below_200_samples_each() -> None:
+    text = exposed(*(big_reading(run) for run in range(100)))
+    families = list(text_string_to_metric_families(text))
+    of_runs = [s for family in families for s in family.samples if "run" in s.labels]
+    # Of 400,000: five statistics of five roles, the worst and five layers each, and the rest.
+    per_run = len(of_runs) / 100
+    assert per_run == 5 * 5 * (1 + 5) + per_run_besides(of_runs)
+    assert per_run < 200
+    assert len({s.labels["layer"] for s in of_runs if "layer" in s.labels}) <= 160
+    assert max(map(len, (s.labels.values() for s in of_runs))) <= 4
+    assert sum(len(family.samples) for family in families) < most_series()
+
+
+def per_run_besides(of_runs: Sequence[Sample]) -> int:
+    """Samples of one run that belong to no tensor."""
+    return sum("role" not in s.labels for s in of_runs if s.labels["run"] == "run-0")
+
+
+def test_no_number_of_runs_exceeds_the_limit_that_prometheus_is_told() -> None:
+    one = big_reading(0)
+    text = exposed(*(replace(one, run=f"run-{n}") for n in range(700)))
+    assert text.count("\nforeshock_step{") == 500
+    shown = sum(1 for line in text.splitlines() if not line.startswith("#"))
+    assert shown < most_series()
 
 
 def test_counters_are_named() -> None:

@@ -29,7 +29,7 @@ THEIRS, OURS = "theirs", "ours"
 DOCUMENT: dict[str, Any] = json.loads(document())
 OPEN = ("/healthz", "/readyz")
 # Routes of the page: what they do without a token is tested in test_page.py.
-PAGE = {"/", "/docs", "/login", "/logout", "/assets/{name}", "/api/v1/openapi.json"}
+PAGE = {"/", "/docs", "/runbook", "/login", "/logout", "/assets/{name}", "/api/v1/openapi.json"}
 # What names a project in its body, or concerns all of them.
 FOR_NOBODY_ELSE = ("/api/v1/runs", "/api/v1/tokens", "/api/v1/backups")
 NEEDED = {"read": {"read", "admin"}, "write": {"write", "admin"}, "admin": {"admin"}}

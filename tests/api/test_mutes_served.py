@@ -68,7 +68,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 def test_the_command_line_acknowledges_snoozes_and_takes_it_back(scene: Scene) -> None:
     number = str(scene.firing()["id"])
-    assert scene.muted() == {"forecast": 0, "detection": 0, "silence": 0}
+    assert scene.muted() == {"forecast": 0, "detection": 0, "nonfinite": 0, "silence": 0}
     taken = scene.foreshock("acknowledge", number, "--note", "mine")
     assert (taken.exit_code, taken.stderr) == (0, "")
     assert "acknowledged by FORESHOCK_TOKEN" in taken.stdout

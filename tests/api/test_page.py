@@ -80,6 +80,14 @@ def test_page_has_a_strict_policy(client: TestClient) -> None:
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
+def test_the_runbook_opens_for_everybody_and_runs_nothing(locked: TestClient) -> None:
+    answer = locked.get("/runbook")
+    assert answer.status_code == 200
+    assert '<h2 id="traininglossnotfinite">' in answer.text
+    assert "<script" not in answer.text
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
 def test_page_names_only_files_that_are_there(client: TestClient) -> None:
     html = client.get("/").text
     names = re.findall(r'(?:src|href)="(/assets/[^"]+)"', html)

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import yaml
 from dashboards.build import FOLDER
-from dashboards.rules import prometheus_config
+from dashboards.configs import prometheus_config
 
 from tests.dashboards.service import Service
 

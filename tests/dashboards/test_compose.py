@@ -64,7 +64,7 @@ def test_ports_are_open_on_loopback_only() -> None:
 def test_every_mounted_file_exists() -> None:
     mounts = [each for service in SERVICES.values() for each in service["volumes"]]
     ours = [each.split(":")[0] for each in mounts if each.startswith("./")]
-    assert len(ours) == 10
+    assert len(ours) == 11
     for path in ours:
         assert (ROOT / path).exists(), path
     named = {each.split(":")[0] for each in mounts if not each.startswith("./")}

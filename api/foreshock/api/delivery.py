@@ -43,7 +43,8 @@ class Delivery:
         registry: Its database holds the messages.
         log: The alert log; its channels must be these.
         channels: Where alerts go.
-        count: Called with (channel, outcome) after each try; must return at once.
+        count: Called with (channel, outcome, seconds since what it tells of if it was delivered)
+            after each try; must return at once.
         first_wait: Seconds before the second try; doubles up to 5 minutes, a day in all.
         remind_after: How long after a page one that still fires and that nobody has acknowledged
             pages again, where the channel does not do that by itself; None: never.
@@ -57,7 +58,7 @@ class Delivery:
         log: AlertLog,
         channels: Sequence[Channel],
         *,
-        count: Callable[[str, DeliveryOutcome], None] | None = None,
+        count: Callable[[str, DeliveryOutcome, float | None], None] | None = None,
         first_wait: float = 1.0,
         remind_after: timedelta | None = None,
         leads: Callable[[], bool] | None = None,
@@ -85,7 +86,7 @@ class Delivery:
             worker.join(timeout)
 
 
-def _uncounted(channel: str, outcome: DeliveryOutcome) -> None:
+def _uncounted(channel: str, outcome: DeliveryOutcome, seconds: float | None) -> None:
     """Nobody counts."""
 
 
@@ -106,7 +107,7 @@ def next_page(told: datetime, mute: Mute | None, remind_after: timedelta | None)
 
 @dataclass(frozen=True, slots=True)
 class _Habits:
-    count: Callable[[str, DeliveryOutcome], None]
+    count: Callable[[str, DeliveryOutcome, float | None], None]
     first_wait: float
     remind_after: timedelta | None
     leads: Callable[[], bool] | None
@@ -272,7 +273,8 @@ class _ChannelWorker:
             connection.execute(
                 sa.update(deliveries).where(deliveries.c.id == message.id).values(values)
             )
-        self._habits.count(self._channel.name, outcome)
+        took = (_now() - message.created_at).total_seconds()
+        self._habits.count(self._channel.name, outcome, took if outcome == "delivered" else None)
         if outcome == "delivered":
             # The alert's next message, if there is one, is due now.
             self._wake.set()
@@ -299,7 +301,7 @@ class _ChannelWorker:
             self._channel.send(firing, "firing")
         except DeliveryError as error:
             logger.warning("firing alerts to %s: %s", self._channel.name, error)
-            self._habits.count(self._channel.name, "failed")
+            self._habits.count(self._channel.name, "failed", None)
 
     def _until_next(self) -> float:
         with self._registry.engine.begin() as connection:

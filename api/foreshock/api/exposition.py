@@ -6,11 +6,13 @@ worst layer, and a few layers by name. The full detail is the API's, not Prometh
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -36,7 +38,7 @@ from foreshock.api.metric_names import (
     MetricSpec,
 )
 from foreshock.api.silence import RunState
-from foreshock.monitor.record import Risk, StatisticColumns
+from foreshock.monitor.record import HORIZONS, ROLES, Risk, StatisticColumns
 
 __all__ = [
     "LAYER_STATISTICS",
@@ -47,6 +49,7 @@ __all__ = [
     "ServiceTally",
     "metrics_of",
     "metrics_registry",
+    "most_series",
 ]
 
 FiringAlert = tuple[str, str, AlertKind]
@@ -57,7 +60,12 @@ ALERT_KINDS: Final[tuple[AlertKind, ...]] = tuple(ALERT_NAMES)
 MOST_RUNS: Final = 500
 """Runs exposed at once, the most recently active ones."""
 
-SCORING_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+BUCKETS: Final[Mapping[str, tuple[float, ...]]] = {
+    "foreshock_scoring_seconds": (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5),
+    "foreshock_risk_delay_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+    "foreshock_alert_delivery_seconds": (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
+}
+"""Upper edges of each histogram, seconds: up to what is far too late."""
 
 _INFO: Final = "foreshock_service_info"
 
@@ -110,10 +118,21 @@ class RunReading:
     checkpoint: float | None = None
 
 
-@dataclass(slots=True)
 class _Histogram:
-    counts: list[int] = field(default_factory=lambda: [0] * (len(SCORING_BUCKETS) + 1))
-    total: float = 0.0
+    def __init__(self, buckets: Sequence[float]) -> None:
+        self._buckets = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._buckets, value)] += times
+        self._total += value * times
+
+    def family(self, spec: MetricSpec) -> Metric:
+        edges = [*(str(edge) for edge in self._buckets), "+Inf"]
+        cumulative = map(float, np.cumsum(self._counts).tolist())
+        buckets = list(zip(edges, cumulative, strict=True))
+        return HistogramMetricFamily(spec.name, spec.help, buckets=buckets, sum_value=self._total)
 
 
 class ServiceTally:
@@ -121,13 +140,19 @@ class ServiceTally:
 
     prometheus-client's own instruments are not used: they expose a `_created` series each, which
     only a process-wide switch turns off.
+
+    Args:
+        channels: Names of the channels that alerts go to: a counter has to be there with 0 before
+            it counts, or its first rise is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channels: Collection[str] = ()) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._deliveries: Counter[tuple[str, str]] = Counter()
-        self._scoring = _Histogram()
+        outcomes = ("delivered", "failed", "abandoned")
+        self._deliveries = Counter({(name, what): 0 for name in channels for what in outcomes})
+        self._histograms = {name: _Histogram(edges) for name, edges in BUCKETS.items()}
+        self._waiting: dict[tuple[str, int], float] = {}
 
     def add(self, name: str, amount: int = 1) -> None:
         """Raise a counter.
@@ -141,17 +166,32 @@ class ServiceTally:
         with self._lock:
             self._counts[name] += amount
 
-    def delivery(self, channel: str, outcome: str) -> None:
-        """Count a try to deliver an alert."""
+    def delivery(self, channel: str, outcome: str, seconds: float | None = None) -> None:
+        """Count a try to deliver an alert, and how long after the fact it succeeded."""
         with self._lock:
             self._deliveries[channel, outcome] += 1
+            if seconds is not None:
+                self._histograms["foreshock_alert_delivery_seconds"].observe(seconds)
+
+    def waits(self, key: tuple[str, int]) -> None:
+        """Records of this run and attempt are durable, and have no risk yet."""
+        with self._lock:
+            self._waiting.setdefault(key, time.monotonic())
+
+    def answered(self, key: tuple[str, int]) -> None:
+        """They have."""
+        with self._lock:
+            since = self._waiting.pop(key, None)
+            if since is not None:
+                waited = time.monotonic() - since
+                self._histograms["foreshock_risk_delay_seconds"].observe(waited)
 
     def scored(self, seconds: float, records: int = 1) -> None:
         """Count records that were scored together, and the time they took."""
         with self._lock:
             self._counts["foreshock_scored_records_total"] += records
-            self._scoring.counts[bisect_left(SCORING_BUCKETS, seconds / records)] += records
-            self._scoring.total += seconds
+            scoring = self._histograms["foreshock_scoring_seconds"]
+            scoring.observe(seconds / records, records)
 
     def value(self, name: str) -> int:
         """A counter's value."""
@@ -163,20 +203,23 @@ class ServiceTally:
         with self._lock:
             counts = dict(self._counts)
             tries = dict(self._deliveries)
-            buckets, total = list(self._scoring.counts), self._scoring.total
+            timings = [each.family(METRICS[name]) for name, each in self._histograms.items()]
         for spec in SERVICE_METRICS:
             if spec.kind == "counter" and not spec.labels:
                 yield _family(spec, [((), counts.get(spec.name, 0))])
         yield _family(METRICS["foreshock_alert_deliveries_total"], list(tries.items()))
-        edges = [*(str(edge) for edge in SCORING_BUCKETS), "+Inf"]
-        cumulative = np.cumsum(buckets).tolist()
-        spec = METRICS["foreshock_scoring_seconds"]
-        yield HistogramMetricFamily(
-            spec.name,
-            spec.help,
-            buckets=list(zip(edges, map(float, cumulative), strict=True)),
-            sum_value=total,
-        )
+        yield from timings
+
+
+def most_series() -> int:
+    """The most samples of a scrape, whatever runs there are: runs, roles and layers are bounded."""
+    values = {"horizon": len(HORIZONS), "kind": len(ALERT_KINDS), "state": 4, "role": len(ROLES)}
+    values |= {"layer": TOP_LAYERS, "project": 1, "run": 1}
+    specs = (*RUN_METRICS, *WORST_METRICS, *LAYER_METRICS)
+    a_run = sum(math.prod(values[label] for label in spec.labels) for spec in specs)
+    # Alerts of runs that have left memory, and the service's own.
+    others = 2 * len(ALERT_KINDS) * MOST_RUNS + 1000
+    return MOST_RUNS * a_run + others
 
 
 def metrics_registry(

@@ -25,9 +25,10 @@ from foreshock.api.settings import Settings, is_loopback
 __all__ = ["OPEN_PATHS", "Guard", "address_of"]
 
 OPEN_PATHS: Final = frozenset(
-    {"/", "/docs", "/healthz", "/readyz", "/login", "/logout", "/favicon.ico"}
+    {"/", "/docs", "/runbook", "/healthz", "/readyz", "/login", "/logout", "/favicon.ico"}
 )
-"""Health has to answer to anybody; the page holds no data and asks for a token itself."""
+"""Health has to answer to anybody; the page holds no data and asks for a token itself; the runbook
+is the same everywhere, and links in alerts are opened on phones."""
 
 _OPEN_PREFIX: Final = "/assets/"
 _TOO_LARGE: Final = "the body is larger than {} bytes; send smaller batches"

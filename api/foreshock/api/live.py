@@ -127,6 +127,7 @@ class LiveAnalysis:
         key = (run_id, attempt)
         self._silence.heard(run_id, attempt, table)
         tally = self._parts.tally
+        tally.waits(key)
         tally.add("foreshock_ingest_batches_total")
         tally.add("foreshock_ingest_records_total", table.num_rows)
         tally.add("foreshock_ingest_tensors_total", tensor_rows(table))
@@ -417,6 +418,8 @@ class LiveAnalysis:
     def _take(self, run: RunAnalysis, table: pa.Table, answer: Scored) -> None:
         run.scored(table, answer)
         self._parts.tally.scored(answer.seconds, table.num_rows)
+        if not (run.behind or run.pending):
+            self._parts.tally.answered(run.key)
         if answer.failed:
             self._parts.tally.add("foreshock_analysis_errors_total", answer.failed)
         if answer.risks:

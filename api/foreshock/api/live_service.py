@@ -94,9 +94,10 @@ class LiveService:
         self._watch = SilenceWatch(
             SilenceSettings(factor=settings.stale_intervals, minimum=settings.stale_seconds)
         )
-        self.log = AlertLog(registry, [channel.name for channel in channels])
+        names = [channel.name for channel in channels]
+        self.log = AlertLog(registry, names)
         self.stream = EventStream()
-        self.tally = ServiceTally()
+        self.tally = ServiceTally(names)
         leases = self._shared_leases(settings, registry)
         minutes = settings.remind_minutes
         self._delivery = Delivery(

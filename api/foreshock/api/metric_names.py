@@ -200,6 +200,16 @@ SERVICE_METRICS: Final = (
     MetricSpec("foreshock_analysis_errors_total", "counter", "Failures of the live analysis"),
     MetricSpec("foreshock_scoring_seconds", "histogram", "Time to score one record"),
     MetricSpec(
+        "foreshock_risk_delay_seconds",
+        "histogram",
+        "Time from a batch being durable to the risk at its records being known",
+    ),
+    MetricSpec(
+        "foreshock_alert_delivery_seconds",
+        "histogram",
+        "Time from an alert firing or ending to a receiver having been told",
+    ),
+    MetricSpec(
         "foreshock_alert_deliveries_total",
         "counter",
         "Tries to deliver an alert",

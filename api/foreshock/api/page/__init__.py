@@ -92,6 +92,12 @@ def load_docs() -> str:
     return html.replace("@swagger-version@", importlib.metadata.version("fastapi-offline"))
 
 
+def load_runbook() -> str:
+    """The HTML of the runbook: what to do about each alert."""
+    page = importlib.resources.files("foreshock.api.page") / "runbook.html"
+    return page.read_text(encoding="utf-8")
+
+
 def _swagger(name: str) -> bytes:
     source = importlib.resources.files("fastapi_offline") / "static" / name
     if not source.is_file():

@@ -16,7 +16,14 @@ from pydantic import BaseModel, Field
 from foreshock.api.access.principal import Scope
 from foreshock.api.access.scopes import COOKIE
 from foreshock.api.guard import address_of
-from foreshock.api.page import CONTENT_SECURITY_POLICY, Asset, load_assets, load_docs, load_index
+from foreshock.api.page import (
+    CONTENT_SECURITY_POLICY,
+    Asset,
+    load_assets,
+    load_docs,
+    load_index,
+    load_runbook,
+)
 from foreshock.api.problems import Problem
 from foreshock.api.services import ServicesDep
 from foreshock.api.settings import Settings
@@ -53,6 +60,16 @@ def page() -> HTMLResponse:
 def docs() -> HTMLResponse:
     """The API, laid out for people; the description itself needs a token like all else."""
     return HTMLResponse(load_docs(), headers={**_HEADERS, "Cache-Control": "no-cache"})
+
+
+@router.get("/runbook")
+def runbook() -> HTMLResponse:
+    """What to do about each alert; alerts link to it, and it holds nothing of any run."""
+    headers = {
+        **_HEADERS,
+        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+    }
+    return HTMLResponse(load_runbook(), headers={**headers, "Cache-Control": "no-cache"})
 
 
 @router.get("/assets/{name}")

@@ -85,6 +85,13 @@ def test_service_and_record_load_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_service_starts_without_what_only_its_workers_need() -> None:
+    absent = ("sklearn", "scipy", "skops")
+    imports = "import foreshock.api.cli.server, sys"
+    code = f"{imports}; sys.exit(any(m in sys.modules for m in {absent!r}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_forecast_core_needs_no_web_framework_and_no_store() -> None:
     modules = "features", "labels", "forecaster", "evaluation"
     imports = ", ".join(f"foreshock.api.{m}" for m in modules)

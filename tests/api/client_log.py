@@ -58,7 +58,7 @@ class Clients:
     def wait_for_more(self) -> None:
         """Until every client has got answers since the last kill, however slow the machine is."""
         before = [len(log.acknowledged) for log in self.logs]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while any(len(log.acknowledged) <= n for log, n in zip(self.logs, before, strict=True)):
             assert time.monotonic() < deadline
             time.sleep(0.01)

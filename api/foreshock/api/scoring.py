@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from foreshock.api.artifact import Artifact, load_shipped
-from foreshock.api.scorer import LocalScorer
 from foreshock.api.scoring_records import KnownLayout, ScoringRecord, scoring_records
 from foreshock.monitor.record import Event, Risk
+
+if TYPE_CHECKING:
+    from foreshock.api.artifact import Artifact
 
 __all__ = [
     "Newest",
@@ -61,15 +62,23 @@ class Scorer(Protocol):
 
 
 class ShippedScorers:
-    """Makes scorers with the shipped model, which each process loads once."""
+    """Makes scorers with the shipped model, which each process loads once.
+
+    scikit-learn and skops come with it: more than half of what a service would load before it
+    listens, and only a process that scores needs them.
+    """
 
     @cached_property
     def model(self) -> Artifact | None:
         """The model; None if none is installed."""
+        from foreshock.api.artifact import load_shipped
+
         return load_shipped()
 
     def __call__(self) -> Scorer:
         """A fresh scorer."""
+        from foreshock.api.scorer import LocalScorer
+
         return LocalScorer(self.model)
 
     def __reduce__(self) -> tuple[type[ShippedScorers], tuple[()]]:

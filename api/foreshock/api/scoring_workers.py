@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Final, Protocol
@@ -233,6 +234,9 @@ def _encoded(table: pa.Table) -> pa.Buffer:
 
 def _serve(pipe: Connection, new_scorer: Callable[[], Scorer]) -> None:
     desk = ScoringDesk(new_scorer)
+    # Loads the model before anybody waits for it; what fails here fails again where it is answered.
+    with suppress(Exception):
+        new_scorer()
 
     def answer(request: _Request, body: bytes) -> list[Scored]:
         for key in request.forget:

@@ -21,7 +21,10 @@ def records_in(spool: Path) -> list[StepRecord]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+# torchtitan's needs a process that takes a CPU for an accelerator (test_torchtitan).
+@pytest.mark.parametrize(
+    "path", [p for p in EXAMPLES if "torchtitan" not in p.stem], ids=lambda p: p.stem
+)
 def test_example_runs_and_is_recorded(path: Path, tmp_path: Path) -> None:
     environment = os.environ | {"FORESHOCK_SPOOL": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -45,7 +48,7 @@ def test_example_runs_and_is_recorded(path: Path, tmp_path: Path) -> None:
 
 def test_docs_show_the_examples_as_they_are() -> None:
     page = (ROOT / "docs" / "integrations.md").read_text()
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     for path in EXAMPLES:
         assert f"```python\n{path.read_text()}```" in page, path.name
-        assert len(path.read_text().splitlines()) <= 60
+        assert len(path.read_text().splitlines()) <= 70

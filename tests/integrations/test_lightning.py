@@ -107,6 +107,34 @@ def test_same_losses_and_one_record_per_step(
     assert callback.watch is None
 
 
+def test_two_optimizers_are_one_step(library: Any, tmp_path: Path, recorder: Recorder) -> None:
+    model = module(library, manual=True)
+    first, last = model.body[0], model.body[3]
+    model.configure_optimizers = lambda: [
+        torch.optim.SGD(first.parameters(), lr=1e-2),
+        torch.optim.AdamW(last.parameters(), lr=3e-2),
+    ]
+    norms = []
+
+    def training_step(batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = model.loss(batch[0])
+        model.manual_backward(loss)
+        norms.append(nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+        for optimizer in model.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    model.training_step = training_step
+    # Lightning counts the steps of both.
+    callback = callback_of(library, "two", spool=tmp_path, sinks=[recorder], tensor_every=1)
+    fit(library, model, [callback], steps=40)
+    assert len(norms) == 20
+    assert [r.step for r in recorder.records] == list(range(20))
+    assert [r.scalars["grad_norm"] for r in recorder.records] == pytest.approx(norms, rel=1e-5)
+    assert {r.scalars["learning_rate"] for r in recorder.records} == {3e-2}
+
+
 def test_attaches_by_itself_where_a_run_is_named(
     library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -347,6 +347,31 @@ def test_a_folder_that_is_gone_ends_no_training(
     assert len(recorder.records) == 3
 
 
+@pytest.mark.parametrize("loss_last", [True, False])
+def test_a_measure_beside_the_loss_is_not_taken_for_it(
+    start: Start, recorder: Recorder, model: Plain, loss_last: bool
+) -> None:
+    class Measuring(nn.Module):
+        """Returns an accuracy that no gradient comes through, a count, and the loss."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            found = [torch.tensor(0.25), torch.tensor(3), self.body(x)]
+            return found if loss_last else found[::-1]
+
+    whole = Measuring()
+    optimizer = sgd(whole)
+    with start(whole, optimizer):
+        found = whole(torch.randn(3, 4))
+        loss = found[-1] if loss_last else found[0]
+        loss.backward()
+        optimizer.step()
+    assert recorder.records[0].scalars["loss"] == float(loss.detach())
+
+
 def test_a_watch_that_let_go_keeps_nothing(start: Start, model: Plain) -> None:
     watch = start(model, sgd(model))
     watch.detach()

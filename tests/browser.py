@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
@@ -52,9 +53,21 @@ class Browser:
             mobile=False,
         )
 
-    def prefer(self, scheme: str) -> None:
+    def prefer(self, scheme: str, *, media: str = "") -> None:
+        """Prefer a light or dark scheme; `media` print shows the page as on paper."""
         feature = {"name": "prefers-color-scheme", "value": scheme}
-        self._command("Emulation.setEmulatedMedia", features=[feature])
+        self._command("Emulation.setEmulatedMedia", media=media, features=[feature])
+
+    def press(self, *keys: str) -> None:
+        """Press keys wherever the focus is."""
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def accessibility(self) -> list[dict[str, Any]]:
+        """The nodes of the browser's accessibility tree that are not ignored."""
+        self.driver.execute_cdp_cmd("Accessibility.enable", {})
+        tree = self.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})
+        self.driver.execute_cdp_cmd("Accessibility.disable", {})
+        return [node for node in tree["nodes"] if not node["ignored"]]
 
     def offline(self, yes: bool) -> None:
         self._command(
@@ -94,7 +107,7 @@ class Browser:
     def evaluate(self, script: str, *arguments: object) -> Any:
         return self.driver.execute_script(script, *arguments)
 
-    def wait(self, what: str, condition: Callable[[], object], seconds: float = 15) -> Any:
+    def wait(self, what: str, condition: Callable[[], object], seconds: float = 45) -> Any:
         """Wait until a condition holds.
 
         Raises:
@@ -111,9 +124,9 @@ class Browser:
                 self._requests.append(message["params"]["request"]["url"])
         return self._requests
 
-    def origins(self) -> set[str]:
-        """Scheme and host of every request that goes over a network."""
-        parts = [urlsplit(url) for url in self.requests()]
+    def origins(self, since: int = 0) -> set[str]:
+        """Scheme and host of every request over a network, from the given number on."""
+        parts = [urlsplit(url) for url in self.requests()[since:]]
         local = {"data", "blob", "about", "chrome"}
         return {f"{part.scheme}://{part.netloc}" for part in parts if part.scheme not in local}
 

@@ -90,6 +90,14 @@ def test_series_and_heatmap(client: Client) -> None:
     assert tensors["step"].tolist() == [STEPS - 1] * 3
 
 
+def test_two_runs_and_the_forecaster(client: Client) -> None:
+    found = client.compare("llama", "llama", statistic="kurtosis")
+    assert (found["parted"], found["last_step"]) == (False, STEPS + 2)
+    with pytest.raises(NotFound, match="no run 'absent'"):
+        client.compare("llama", "absent")
+    assert [head["name"] for head in client.forecaster()["heads"]] == ["full", "gradient", "loss"]
+
+
 def test_records_are_those_that_were_put(client: Client, tmp_path: Path) -> None:
     table = client.records("llama")
     found = table_to_records(table)

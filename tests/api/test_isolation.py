@@ -108,6 +108,7 @@ class World:
 
     def _query(self, operation: Operation) -> dict[str, str]:
         values = {"statistic": "kurtosis", "role": "input", "name": "loss", "step": "40"}
+        values["other"] = self.run_id
         given = operation.description.get("parameters", ())
         return {p["name"]: values[p["name"]] for p in given if _wanted(p, values)}
 

@@ -13,32 +13,25 @@ from pathlib import Path
 from typing import Any, Final
 
 from foreshock.api.alerts import AlertSettings
-from foreshock.api.features import (
-    FEATURES,
-    GRADIENT_FEATURES,
-    LOSS_FEATURES,
-    MOVE_FEATURES,
-    FeatureSettings,
-)
+from foreshock.api.features import FEATURES, FeatureSettings
 from foreshock.api.forecaster import DivergenceForecaster
+from foreshock.api.model_card import CARD_FILE, HEADS, SHIPPED
 from foreshock.api.skops_import import import_skops
 
-__all__ = ["HEADS", "Artifact", "ArtifactError", "Head", "load", "load_shipped", "save"]
-
-HEADS: Final[Mapping[str, tuple[str, ...]]] = {
-    # How far each role's statistics moved, not every statistic of its own: with some sixty events
-    # a weight for each of 249 features costs more than it knows (docs/forecast.md).
-    "full": (*LOSS_FEATURES, *GRADIENT_FEATURES, *MOVE_FEATURES),
-    "gradient": (*LOSS_FEATURES, *GRADIENT_FEATURES),
-    "loss": LOSS_FEATURES,
-}
-"""Which features each fitted head sees, richest first."""
+__all__ = [
+    "HEADS",
+    "Artifact",
+    "ArtifactError",
+    "Head",
+    "load",
+    "load_shipped",
+    "save",
+]
 
 skops_io: Final = import_skops()
 
 _TRUSTED: Final = ("foreshock.api.forecaster.DivergenceForecaster",)
 _MODEL_FILE: Final = "forecaster.skops"
-_CARD_FILE: Final = "model_card.json"
 _FORMAT: Final = 1
 
 
@@ -112,7 +105,7 @@ def save(artifact: Artifact, folder: Path) -> None:
         "fingerprints": sorted(artifact.fingerprints),
     }
     text = json.dumps(document, indent=1, allow_nan=False)
-    (folder / _CARD_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load(folder: Path) -> Artifact:
@@ -123,12 +116,12 @@ def load(folder: Path) -> Artifact:
             version's.
     """
     try:
-        document = json.loads((folder / _CARD_FILE).read_text(encoding="utf-8"))
+        document = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
         body = (folder / _MODEL_FILE).read_bytes()
     except FileNotFoundError as error:
         raise ArtifactError(f"no artifact in {folder}: {error.filename} is missing") from None
     except ValueError as error:
-        raise ArtifactError(f"{folder / _CARD_FILE} is not JSON: {error}") from None
+        raise ArtifactError(f"{folder / CARD_FILE} is not JSON: {error}") from None
     if document.get("format") != _FORMAT:
         raise ArtifactError(f"artifact format {document.get('format')}; this version reads 1")
     if document["features"]["names"] != list(FEATURES):
@@ -168,5 +161,4 @@ def _trusted(body: bytes) -> Mapping[str, DivergenceForecaster]:
 
 def load_shipped() -> Artifact | None:
     """The artifact that comes with the package; None where there is none."""
-    folder = Path(__file__).parent / "artifacts"
-    return load(folder) if (folder / _CARD_FILE).exists() else None
+    return load(SHIPPED) if (SHIPPED / CARD_FILE).exists() else None

@@ -209,6 +209,7 @@ EXAMPLES: Final[Mapping[str, dict[str, Any]]] = {
     },
     "HeatmapBody": {
         "layers": ["blocks.0.mlp.up"],
+        "counts": [1],
         "steps": [0, 8],
         "values": [[3.1, None]],
         "worst": "max",
@@ -239,6 +240,50 @@ EXAMPLES: Final[Mapping[str, dict[str, Any]]] = {
     "RiskHistory": _HISTORY,
     "DiagnosisAnswer": {"step": 4120, "causes": [_CAUSE]},
     "ForecastAnswer": {"horizon_steps": [10, 100, 1000], "risks": [_RISK]},
+    "ComparisonAnswer": {
+        "first_step": 0,
+        "last_step": 4120,
+        "width": 1,
+        "layer_width": 9,
+        "layers": 144,
+        "judged_layers": 96,
+        "series": 102,
+        "too_short": 0,
+        "parted": True,
+        "partings": [
+            {
+                "step": 3871,
+                "statistic": "kurtosis",
+                "layer": "blocks.3.mlp.down",
+                "role": "input",
+                "kind": "sustained",
+                "a": 4.1,
+                "b": 58.0,
+                "noise_units": 9.3,
+                "largest_noise_units": 41.0,
+                "asked_noise_units": 6.8,
+            }
+        ],
+    },
+    "ForecasterCard": {
+        "version": "2026.11-1",
+        "budget": "1",
+        "horizons": [10, 100, 1000],
+        "heads": [
+            {
+                "name": "loss",
+                "features": 7,
+                "alarm_horizon": 100,
+                "thresholds": {"0.1": None, "1": 0.23},
+                "reasons": {"0.1": "9000 healthy steps cannot tell a budget of 0.1 per 10,000"},
+                "base_rate": 0.0003,
+                "unsupported": {"1000": "the corpus holds no run that long"},
+            }
+        ],
+        "data": {"runs": 256, "events": 58},
+        "training_runs": 256,
+        "evaluation": {"risk": {"loss, 100 steps": {"calibration": [[0.004, 0.003]]}}},
+    },
     "AlertList": {"alerts": [_ALERT], "next": "WyJhbGVydHMiLDE3XQ"},
     "AlertModel": _ALERT,
     "Acknowledgement": {"note": "lowering the rate"},

@@ -173,7 +173,8 @@ class SeriesBody(_Body):
 class HeatmapBody(_Body):
     """The worst value of a statistic per layer and bucket of steps."""
 
-    layers: list[str] = Field(description="In model order.")
+    layers: list[str] = Field(description="In model order; of a shared row the first.")
+    counts: list[int] = Field(description="How many layers each row stands for.")
     steps: list[int] = Field(description="First step of each bucket.")
     values: list[list[Number]] = Field(description="One row per layer; null = not measured.")
     worst: Literal["min", "max"] = Field(description="Which end of the statistic is the bad one.")

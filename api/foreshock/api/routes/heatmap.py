@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
 
 import pyarrow as pa
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 
 from foreshock.api.access.scopes import READ
 from foreshock.api.bodies import TABLE_ANSWER
 from foreshock.api.conditional import NOT_MODIFIED, TableQuestionDep
+from foreshock.api.layer_rows import LayerChoice, LayerRows, layer_rows
 from foreshock.api.openapi import errors
 from foreshock.api.routes.parameters import SelectionDep, check_name
 from foreshock.api.schemas import HeatmapBody, numbers
 from foreshock.api.services import ServicesDep
-from foreshock.api.store import SMALLEST_IS_WORST, Heatmap
+from foreshock.api.store import SMALLEST_IS_WORST
 from foreshock.monitor.formats import FORMATS
 from foreshock.monitor.record import ROLES, STATISTICS
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["reading"])
+
+
+class WantedRows:
+    """Which layers, in how many rows; the parameters of the address."""
+
+    def __init__(
+        self,
+        rows: Annotated[
+            int | None, Query(ge=1, le=10_000, description="Most rows; default: one per layer.")
+        ] = None,
+        match: Annotated[
+            str, Query(max_length=512, description="Only layers whose name contains it.")
+        ] = "",
+        start: Annotated[
+            str, Query(max_length=512, description="Only from this layer on, by its whole name.")
+        ] = "",
+        span: Annotated[
+            int | None, Query(ge=1, le=65_535, description="Only so many layers from there on.")
+        ] = None,
+    ) -> None:
+        self.choice = LayerChoice(match=match, start=start, span=span, most=rows)
 
 
 @router.get(
@@ -35,6 +56,7 @@ def get_run_heatmap(
     question: TableQuestionDep,
     chosen: SelectionDep,
     services: ServicesDep,
+    wanted: Annotated[WantedRows, Depends()],
     statistic: Annotated[str, Query(description="A statistic, e.g. kurtosis.")],
     role: Annotated[str, Query(description=f"One of {', '.join(ROLES)}.")] = "input",
     format: Annotated[str | None, Query(description="Default: the one the run used.")] = None,
@@ -42,7 +64,9 @@ def get_run_heatmap(
 ) -> Response:
     """Layers in model order by buckets of steps: the worst value, over calls and experts.
 
-    As a table: one row per layer and bucket with a value.
+    Where there are more layers than `rows`, equally many neighbours share a row, which has the
+    name of the first; `counts` says how many. As a table: one line per row and bucket with a
+    value.
     """
     check_name("role", role, ROLES)
     check_name("statistic", statistic, STATISTICS)
@@ -50,21 +74,28 @@ def get_run_heatmap(
         check_name("format", format, tuple(FORMATS))
     headers = question.headers(chosen.run)
     heatmap = services.store.heatmap(chosen.view, role, statistic, points, format)
-    layers = [n for n in services.registry.ordered_layers(chosen.run) if n in heatmap.values]
-    body = HeatmapBody(
-        layers=layers,
-        steps=list(heatmap.steps),
-        values=[numbers(heatmap.values[name]) for name in layers],
-        worst="min" if statistic in SMALLEST_IS_WORST else "max",
+    smallest = statistic in SMALLEST_IS_WORST
+    found = layer_rows(
+        heatmap.values,
+        services.registry.ordered_layers(chosen.run),
+        wanted.choice,
+        smallest=smallest,
     )
-    return question.answer(headers, body, partial(_table, heatmap, layers))
+    body = HeatmapBody(
+        layers=found.layers,
+        counts=found.counts,
+        steps=list(heatmap.steps),
+        values=[numbers(row) for row in found.values],
+        worst="min" if smallest else "max",
+    )
+    return question.answer(headers, body, partial(_table, found, heatmap.steps))
 
 
-def _table(heatmap: Heatmap, layers: Sequence[str]) -> pa.Table:
+def _table(found: LayerRows, steps: tuple[int, ...]) -> pa.Table:
     cells = [
         (layer, step, value)
-        for layer in layers
-        for step, value in zip(heatmap.steps, heatmap.values[layer], strict=True)
+        for layer, row in zip(found.layers, found.values, strict=True)
+        for step, value in zip(steps, row, strict=True)
         if value is not None
     ]
     return pa.table(

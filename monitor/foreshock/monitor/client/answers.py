@@ -296,7 +296,7 @@ class Heatmap:
     """The worst value of a statistic per layer and bucket of steps.
 
     Attributes:
-        layers: In model order.
+        layers: In model order; where `rows` was asked for, the first layer of each row.
         steps: (S,) first step of each bucket.
         values: (layers, S), NaN where not measured (or where NaN is what was measured).
         worst: min or max: which end of the statistic is the bad one.

@@ -13,7 +13,6 @@ import httpx
 import pyarrow as pa
 
 from foreshock.monitor.certificates import verification
-from foreshock.monitor.client.access import AccessCalls
 from foreshock.monitor.client.answers import (
     Alert,
     Cause,
@@ -32,6 +31,7 @@ from foreshock.monitor.client.calls import operation, path_of
 from foreshock.monitor.client.errors import ClientError, ServiceFailure
 from foreshock.monitor.client.events import follow
 from foreshock.monitor.client.http import Body, ByteReader, Http, Retry
+from foreshock.monitor.client.insight import InsightCalls
 from foreshock.monitor.record import StepRecord, records_to_table, write_stream
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ _SUFFIXES: Final = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".j
 _PAGE: Final = 500
 
 
-class Client(AccessCalls):
+class Client(InsightCalls):
     """A client of one service; safe to use from several threads, closed by `close` or `with`.
 
     Runs are named by run_id, or by name within a project. Every call may raise `NoAnswer`, and

@@ -4,7 +4,12 @@ export class Gone extends Error {} // no answer: the service is down or restarti
 export class Refused extends Error {} // 401: a token is needed
 export class Forbidden extends Error {} // 403: the session may look only
 export class Unknown extends Error {} // 404
-export class Failed extends Error {} // anything else; the message is the service's own
+export class Failed extends Error { // anything else; the message is the service's own
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
 
 const WORDS = { NaN: NaN, Infinity: Infinity, "-Infinity": -Infinity };
 
@@ -31,7 +36,7 @@ async function send(path, options) {
   if (response.status === 403) throw new Forbidden(text);
   if (response.status === 404) throw new Unknown(text);
   if ([502, 503, 504].includes(response.status)) throw new Gone(text);
-  throw new Failed(text);
+  throw new Failed(text, response.status);
 }
 
 export async function get(path, query = {}) {

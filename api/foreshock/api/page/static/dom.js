@@ -6,8 +6,9 @@ export const $ = (id) => document.getElementById(id);
 export function el(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
   for (const [key, value] of Object.entries(properties)) {
+    if (value === null || value === undefined) continue;
     if (key === "class") node.className = value;
-    else if (key.includes("-")) node.setAttribute(key, value);
+    else if (key.includes("-") || key === "role") node.setAttribute(key, value);
     else node[key] = value;
   }
   node.append(...children.filter((child) => child !== null && child !== undefined));
@@ -25,6 +26,43 @@ export function contentOr(id, reason) {
   $(`${id}-empty`).textContent = reason ?? "";
 }
 
+/** Fills the page's main part from a template of index.html. */
+export function mount(name) {
+  $("main").replaceChildren($(`view-${name}`).content.cloneNode(true));
+}
+
+/** Options of a select: texts, or [value, text]; calls back with the value that a reader chose. */
+export function choices(id, values, chosen, changed) {
+  const options = values.map((each) => (Array.isArray(each) ? each : [each, each.replaceAll("_", " ")]));
+  $(id).replaceChildren(...options.map(([value, text]) => el("option", { value, selected: value === chosen }, text)));
+  $(id).onchange = () => changed($(id).value);
+}
+
+/** Writes rows anew, but keeps those that are there already, so that focus and selection stay where they are. */
+export function keyed(parent, items, make, fill) {
+  const known = new Map([...parent.children].map((node) => [node.dataset.key, node]));
+  const nodes = items.map((item) => {
+    const node = known.get(item.key) ?? make(item);
+    node.dataset.key = item.key;
+    fill(node, item);
+    return node;
+  });
+  if (nodes.length !== parent.children.length || nodes.some((node, i) => parent.children[i] !== node)) {
+    const focused = document.activeElement;
+    parent.replaceChildren(...nodes);
+    if (parent.contains(focused)) focused.focus();
+  }
+}
+
+/** A click that means this page; with a modifier key it means another tab, which the browser opens itself. */
+export function onPlainClick(link, act) {
+  link.onclick = (event) => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+    event.preventDefault();
+    act();
+  };
+}
+
 export const STATES = {
   ok: ["●", "ok"],
   pending: ["◐", "pending"],
@@ -36,24 +74,4 @@ export function pill(state, big = false) {
   const [glyph, word] = STATES[state] ?? ["○", state || "no forecast"];
   const known = state in STATES ? state : "unknown";
   return el("span", { class: `pill ${known}${big ? " big" : ""}` }, el("span", { "aria-hidden": "true" }, glyph), word);
-}
-
-export function percent(value) {
-  if (value === null || value === undefined) return "–";
-  if (value > 0 && value < 0.001) return "<0.1 %";
-  return `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
-}
-
-export function short(value) {
-  if (value === null || value === undefined) return "–";
-  if (typeof value === "string") return value;
-  return String(Number(value.toPrecision(4)));
-}
-
-export function ago(time) {
-  const seconds = (Date.now() - Date.parse(time)) / 1000;
-  if (!Number.isFinite(seconds)) return "";
-  if (seconds < 5) return "just now";
-  const [size, word] = seconds < 90 ? [1, "s"] : seconds < 5400 ? [60, "min"] : seconds < 129600 ? [3600, "h"] : [86400, "d"];
-  return `${Math.round(seconds / size)} ${word} ago`;
 }

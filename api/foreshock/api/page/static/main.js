@@ -1,26 +1,39 @@
-// Puts the page together: which run is shown, when what is fetched again, and what to say when nothing is there.
+// Puts the page together: which view stands at an address, what runs there are, and what to say when nothing is there.
 
+import * as alarms from "./alarms.js";
 import { Failed, Forbidden, Gone, Refused, Stream, Unknown, post } from "./api.js";
-import { clear, drawHeat, drawLoss, drawRisk } from "./charts.js";
-import { $, contentOr, el, show } from "./dom.js";
-import * as panels from "./panels.js";
+import { repaint, wipe } from "./charts.js";
+import * as comparing from "./comparing.js";
+import { $, el, mount, show } from "./dom.js";
+import * as fleet from "./fleet.js";
+import { keyboard } from "./keyboard.js";
+import * as layer from "./layer.js";
+import * as model from "./model.js";
+import { Jobs } from "./refresh.js";
+import { fromQuery, href, parse, withParams } from "./routes.js";
+import * as run from "./run.js";
+import { THEMES, remember, remembered, setTheme, theme } from "./settings.js";
 import * as wire from "./wire.js";
 
 const RUNS_EVERY = 2000; // ms between looks at the list of runs
-const FAST_EVERY = 1000; // ms at least between refreshes of risk and loss
-const HEAT_EVERY = 3000; // ms at least between refreshes of the heatmap
-const CAUSE_EVERY = 5000; // ms at least between refreshes of the diagnosis, the dearest answer
-const SIGNED_IN = "foreshock-signed-in"; // only whether to offer signing out: the token itself is out of reach here
+const VIEWS = { fleet, run, layer, compare: comparing, alarms, forecaster: model };
 
-const idle = () => ({ fast: false, heat: false, cause: false });
-const never = () => ({ fast: -Infinity, heat: -Infinity, cause: -Infinity });
-
+/** What the views know of each other: runs, the run that is shown, the address, and what fetches when. */
 const page = {
-  runs: [], run: null, risk: null, stream: null, alarms: [], generation: 0,
-  due: idle(), busy: idle(), last: never(),
+  runs: [], run: null, detail: null, route: parse(location.hash), view: null, jobs: null, stream: null, known: false,
+  go(route) {
+    location.hash = href(route);
+  },
+  replaceParams(changes) {
+    page.route = withParams(page.route, changes);
+    history.replaceState(null, "", href(page.route));
+  },
+  /** By id, or by name; without a project the first of that name. */
+  find({ run: name, project }) {
+    return page.runs.find((each) => each.id === name || (each.name === name && (!project || each.project === project)));
+  },
+  failed,
 };
-
-const query = () => new URLSearchParams(location.search);
 
 // ---- what the page says about itself
 
@@ -29,45 +42,104 @@ function connection(kind, text) {
   $("link-text").textContent = text;
 }
 
+/** Stays for some seconds at least: an answer to the next question must not wipe it away unread. */
+function banner(text, seconds = 0) {
+  $("banner").textContent = text;
+  show("banner", true);
+  banner.until = performance.now() + 1000 * seconds;
+}
+
 function reachable() {
-  show("banner", false);
+  if (performance.now() >= (banner.until ?? 0)) show("banner", false);
   connection("live", "live");
 }
 
-/** One place decides what a failed call means for the whole page. */
+/** One place decides what a failed call means for the whole page. Returns whether the same may go right later. */
 function failed(error) {
   if (error instanceof Gone) {
-    $("banner").textContent = "The service does not answer. What you see is the last known state; this page tries again by itself.";
-    show("banner", true);
+    banner("The service does not answer. What you see is the last known state; this page tries again by itself.");
     connection("lost", "no connection");
-  } else if (error instanceof Refused) {
-    signIn();
-  } else if (error instanceof Forbidden) {
-    $("banner").textContent = "This session may only look. To answer alerts, sign out, and in again with that box ticked.";
-    show("banner", true);
-  } else if (error instanceof Failed) {
-    $("banner").textContent = `The service could not answer: ${error.message}`;
-    show("banner", true);
-  } else if (!(error instanceof Unknown)) {
-    throw error;
+    return true;
   }
-}
-
-function signIn() {
-  leave();
-  page.runs = [];
-  panels.runList([], null, choose);
-  show("runs-empty", false);
-  for (const id of ["view", "message"]) show(id, false);
-  show("signin", true);
-  connection("", "signed out");
+  if (error instanceof Refused) signIn();
+  else if (error instanceof Forbidden) banner("This session may only look. To answer alarms, sign out, and in again with that box ticked.", 8);
+  else if (error instanceof Failed) banner(`The service could not answer: ${error.message}`, 8);
+  else if (!(error instanceof Unknown)) throw error;
+  return false;
 }
 
 function message(title, text) {
-  for (const id of ["view", "signin"]) show(id, false);
+  leave();
+  mount("message");
   $("message-title").textContent = title;
   $("message-text").textContent = text;
-  show("message", true);
+  document.title = `${title} · foreshock`;
+}
+
+function toast(text) {
+  $("toast").textContent = text;
+  show("toast", true);
+  clearTimeout(toast.timer);
+  toast.timer = setTimeout(() => show("toast", false), 2500);
+}
+
+// ---- views
+
+function leave() {
+  page.view?.close();
+  page.jobs?.close();
+  page.stream?.close();
+  wipe($("main"));
+  Object.assign(page, { view: null, jobs: null, stream: null, run: null, detail: null });
+  $("crumbs").replaceChildren();
+}
+
+const ofRun = (route) => route.view === "run" || route.view === "layer";
+
+function open(route) {
+  leave();
+  page.route = route;
+  navigation(route);
+  if (!VIEWS[route.view]) {
+    message("There is nothing at this address", "It may have been cut short. Choose a view above.");
+    return;
+  }
+  if (ofRun(route)) {
+    const found = page.find(route);
+    if (!found) {
+      message(`No run called ${route.run}`, "It was deleted, or it has not reported yet. If it reports, it is shown here by itself.");
+      return;
+    }
+    page.run = found;
+    // The address that can be passed on names the project, whatever the way in was.
+    page.route = { ...route, project: found.project, run: found.name };
+    history.replaceState(null, "", href(page.route));
+  }
+  mount(route.view);
+  page.jobs = new Jobs(failed);
+  page.view = VIEWS[route.view].open(page, page.route);
+  document.title = `${page.view.title} · foreshock`;
+  const crumbs = page.view.crumbs?.() ?? [];
+  $("crumbs").replaceChildren(...(crumbs.length ? [el("a", { href: "#/" }, "Fleet"), ...crumbs] : []).map((node) => el("li", {}, node)));
+  page.view.runsChanged();
+  listen();
+}
+
+function navigation(route) {
+  const at = ofRun(route) ? "fleet" : route.view;
+  for (const link of document.querySelectorAll("#views a")) {
+    if (link.dataset.view === at) link.setAttribute("aria-current", ofRun(route) ? "true" : "page");
+    else link.removeAttribute("aria-current");
+  }
+}
+
+/** Only a page that is looked at holds a stream: a browser has six connections to us for all its tabs. */
+function listen() {
+  page.stream?.close();
+  page.stream = null;
+  if (document.hidden || !page.run || !page.view?.recordsCame) return;
+  page.stream = new Stream(wire.eventsPath(page.run), () => page.view?.recordsCame(), (up) => up && reachable());
+  page.view.recordsCame();
 }
 
 // ---- the list of runs
@@ -75,186 +147,40 @@ function message(title, text) {
 async function refreshRuns() {
   try {
     page.runs = await wire.runs();
-    show("signin", false);
     reachable();
   } catch (error) {
     failed(error);
     return;
   }
-  const wanted = query().get("run");
-  if (!page.run && !wanted && page.runs.length) open(page.runs.find((run) => run.state === "firing") ?? page.runs[0]);
-  else if (wanted && (!page.run || page.run.gone)) follow(wanted);
+  const first = !page.known;
+  page.known = true;
+  if (first) open(page.route);
+  else if (!ofRun(page.route)) page.view?.runsChanged();
   else if (page.run) update();
-  if (!wanted && !page.runs.length) message("No runs yet", "As soon as a training run reports, it is shown here.");
-  panels.runList(page.runs, page.run?.id, choose);
+  else if (page.find(page.route)) open(page.route);
 }
 
-function find(name) {
-  const project = query().get("project");
-  // Links in alerts name a run by its id.
-  return page.runs.find((run) => run.id === name || (run.name === name && (!project || run.project === project)));
-}
-
-function follow(name) {
-  const run = find(name);
-  if (run) open(run);
-  else message(`No run called ${name}`, "It was deleted, or it has not reported yet. If it reports, it is shown here by itself.");
-}
-
-/** The chosen run as the fresh list has it. */
+/** The shown run as the fresh list has it. */
 function update() {
-  const run = page.runs.find((each) => each.id === page.run.id);
-  if (!run) {
-    const { name } = page.run;
-    leave();
-    page.run = { gone: true };
-    message(`The run ${name} is gone`, "It was deleted on the service. Choose another run from the list.");
+  const fresh = page.runs.find((each) => each.id === page.run.id);
+  if (!fresh) {
+    message(`The run ${page.run.name} is gone`, "It was deleted on the service. Choose another run from the fleet.");
     return;
   }
-  // The list knows no roles; a new attempt may bring new ones.
-  if (run.attempts === page.run.attempts) run.roles = page.run.roles;
-  const moved = run.lastStep !== page.run.lastStep || run.state !== page.run.state;
-  page.run = run;
-  panels.heading(run, page.risk);
-  if (moved) mark();
+  const moved = ["lastStep", "state", "attempts", "status"].some((name) => fresh[name] !== page.run[name]);
+  page.run = fresh;
+  page.view.runsChanged();
+  if (moved) page.view.recordsCame?.();
 }
 
-function choose(run) {
-  history.pushState(null, "", run.href);
-  open(run);
-  panels.runList(page.runs, run.id, choose);
-}
+// ---- signing in
 
-function leave() {
-  page.stream?.close();
-  page.stream = null;
-  page.run = null;
-  page.risk = null;
-  page.generation += 1;
-}
-
-function open(run) {
+function signIn() {
+  if ($("signin-form")) return;
   leave();
-  clear();
-  page.run = run;
-  page.alarms = [];
-  document.title = `${run.name} · foreshock`;
-  for (const id of ["message", "signin"]) show(id, false);
-  show("view", true);
-  panels.heading(run, null);
-  panels.incident(run, []);
-  panels.tiles(null);
-  page.last = never();
-  page.busy = idle();
-  listen();
-}
-
-/** Only a page that is looked at holds a stream: a browser has six connections to us for all its tabs. */
-function listen() {
-  page.stream?.close();
-  page.stream = null;
-  if (document.hidden || !page.run || page.run.gone) return;
-  page.stream = new Stream(wire.eventsPath(page.run), mark, (up) => up && reachable());
-  mark();
-}
-
-// ---- the chosen run
-
-const mark = () => {
-  page.due = { fast: true, heat: true, cause: true };
-};
-
-/** Fetches again what is due, never twice at a time and never for a run no longer shown. */
-async function turn(kind, every, work) {
-  const now = performance.now();
-  if (!page.run || page.run.gone || !page.due[kind] || page.busy[kind] || now - page.last[kind] < every || document.hidden) return;
-  const { generation, run } = page;
-  page.due[kind] = false;
-  page.busy[kind] = true;
-  page.last[kind] = now;
-  try {
-    await work(run, () => generation === page.generation);
-  } catch (error) {
-    if (generation === page.generation) {
-      if (error instanceof Gone) page.due[kind] = true;
-      failed(error);
-    }
-  } finally {
-    if (generation === page.generation) page.busy[kind] = false;
-  }
-}
-
-async function fast(run, current) {
-  const [risk, history, loss, alerts] = await Promise.all([wire.risk(run), wire.history(run), wire.loss(run), wire.alerts(run)]);
-  if (!current()) return;
-  page.risk = risk;
-  const alarms = wire.alarms(alerts);
-  if (alarms.length !== page.alarms.length) page.due.heat = true; // the heatmap marks them too
-  page.alarms = alarms;
-  panels.alerts(alerts, judge);
-  panels.incident(page.run, alarms);
-  panels.heading(page.run, risk);
-  panels.tiles(risk);
-  panels.reasons(risk);
-  panels.drivers(risk);
-  const horizons = Object.keys(history.probability).filter((h) => history.probability[h].some((p) => p !== null));
-  // The middle horizon is the one to act on; where it has no answer, the longest that has one.
-  const horizon = horizons.includes("100") ? "100" : horizons.at(-1);
-  const shown = { key: run.id, alarms: page.alarms, risk: history.step.length ? history : null };
-  contentOr("loss", loss.step.length ? null : "This run has not reported a loss.");
-  if (loss.step.length) drawLoss({ ...shown, loss, horizon, log: $("log").checked });
-  contentOr("risk", horizons.length ? null : panels.noForecast(risk));
-  if (horizons.length) drawRisk({ ...shown, horizons });
-  page.drawn = { ...shown, loss, horizon };
-}
-
-async function heat(run, current) {
-  if (!run.roles) {
-    const roles = await wire.roles(run);
-    if (!current()) return;
-    page.run.roles = roles;
-    if (roles.length) fill("role", roles, $("role").value);
-  }
-  const [statistic, role] = [$("statistic").value, $("role").value];
-  const map = await wire.heat(run, statistic, role);
-  if (!current()) return;
-  const some = map.values.some((row) => row.some((value) => value !== null));
-  contentOr("heat", some ? null : `No ${statistic} of ${role} recorded in this run.`);
-  if (some) drawHeat({ key: run.id, heat: map, statistic, role, alarms: page.alarms });
-}
-
-async function cause(run, current) {
-  const causes = await wire.diagnosis(run);
-  if (current()) panels.diagnosis(causes, page.risk?.state ?? run.state);
-}
-
-async function judge(alert, verdict) {
-  try {
-    await post(`/api/v1/alerts/${encodeURIComponent(alert.id)}/feedback`, wire.feedback(verdict));
-  } catch (error) {
-    failed(error);
-  }
-  page.due.fast = true;
-}
-
-// ---- controls
-
-function fill(id, values, preferred) {
-  const wanted = query().get(id) ?? preferred;
-  $(id).replaceChildren(...values.map((value) => el("option", { value, selected: value === wanted }, value.replaceAll("_", " "))));
-  $(id).onchange = () => {
-    const next = query();
-    next.set(id, $(id).value);
-    history.replaceState(null, "", `?${next}`);
-    page.due.heat = true;
-    page.last.heat = -Infinity;
-  };
-}
-
-function controls() {
-  fill("statistic", wire.STATISTICS, "kurtosis");
-  fill("role", wire.ROLES, "input");
-  $("log").onchange = () => page.drawn && drawLoss({ ...page.drawn, log: $("log").checked });
+  Object.assign(page, { runs: [], known: false });
+  mount("signin");
+  connection("", "signed out");
   $("signin-form").onsubmit = async (event) => {
     event.preventDefault();
     $("signin-error").textContent = "";
@@ -262,25 +188,69 @@ function controls() {
       const scopes = $("may-write").checked ? ["read", "write"] : ["read"];
       await post("/login", { token: $("token").value, scopes });
       $("signin-form").reset();
-      localStorage.setItem(SIGNED_IN, "yes");
+      remember("signedIn", "yes");
       show("signout", true);
       await refreshRuns();
     } catch (error) {
       $("signin-error").textContent = error instanceof Gone ? "The service does not answer." : error.message;
     }
   };
-  show("signout", localStorage.getItem(SIGNED_IN) !== null);
+}
+
+// ---- controls that are always there
+
+function nextTheme() {
+  setTheme(THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length]);
+  themeShown();
+  repaint();
+}
+
+function themeShown() {
+  $("theme-text").textContent = theme();
+}
+
+async function copyAddress() {
+  try {
+    await navigator.clipboard.writeText(location.href);
+    toast("Address copied");
+  } catch {
+    toast("Copy the address from the bar above: this browser does not let the page do it");
+  }
+}
+
+/** The run before or after this one in the order of their names. */
+function neighbour(by) {
+  if (!page.run) return;
+  const names = [...page.runs].sort((a, b) => a.name.localeCompare(b.name));
+  const next = names[names.findIndex((each) => each.id === page.run.id) + by];
+  if (next) page.go({ view: "run", project: next.project, run: next.name });
+}
+
+function controls() {
+  themeShown();
+  $("theme").onclick = nextTheme;
+  $("copy").onclick = copyAddress;
+  $("skip").onclick = (event) => {
+    event.preventDefault(); // what follows # is the view
+    $("main").focus();
+  };
+  show("signout", remembered("signedIn") !== null);
   $("signout").onclick = async () => {
     await post("/logout", {}).catch(failed);
-    localStorage.removeItem(SIGNED_IN);
+    remember("signedIn", null);
     location.reload();
   };
-  addEventListener("popstate", () => {
-    const run = find(query().get("run")) ?? page.runs[0];
-    if (run) open(run);
-    panels.runList(page.runs, page.run?.id, choose);
+  keyboard(page, { nextTheme, copyAddress, neighbour });
+  addEventListener("hashchange", () => {
+    const route = parse(location.hash);
+    if (!page.known) page.route = route;
+    else if (href(route) !== href(page.route)) {
+      open(route);
+      $("main").focus({ preventScroll: true });
+      scrollTo(0, 0);
+    }
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", mark);
+  for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", repaint);
   document.addEventListener("visibilitychange", listen);
   // A page kept for the back button counts as hidden only after its connections were kept too.
   addEventListener("pagehide", () => page.stream?.close());
@@ -295,10 +265,10 @@ async function everyTwoSeconds() {
   }
 }
 
+const old = fromQuery(location.search);
+if (old) {
+  history.replaceState(null, "", `${location.pathname}${href(old)}`);
+  page.route = old;
+}
 controls();
 everyTwoSeconds();
-setInterval(() => {
-  turn("fast", FAST_EVERY, fast);
-  turn("heat", HEAT_EVERY, heat);
-  turn("cause", CAUSE_EVERY, cause);
-}, 200);

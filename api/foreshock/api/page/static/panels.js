@@ -1,10 +1,12 @@
-// Writes everything on the page that is text: run list, tiles, drivers, diagnosis, alerts.
+// Writes the texts of a run: heading, tiles, drivers, diagnosis.
 
-import { $, ago, contentOr, el, percent, pill, short } from "./dom.js";
+import { $, contentOr, el, pill } from "./dom.js";
 import { number } from "./api.js";
+import { href } from "./routes.js";
+import { grouped, percent, short } from "./text.js";
 import { incidentPath } from "./wire.js";
 
-const CAUSES = {
+export const CAUSES = {
   learning_rate: "Learning rate",
   scale: "FP8 scale",
   outlier: "Activation outlier",
@@ -12,45 +14,11 @@ const CAUSES = {
   unknown: "Unknown cause",
 };
 
-const grouped = (value) => (value === null || value === undefined ? "–" : Number(value).toLocaleString("en"));
-
-/** The list keeps its elements between refreshes, so that the keyboard focus stays where it is. */
-export function runList(runs, selected, choose) {
-  const list = $("runs");
-  const known = new Map([...list.children].map((item) => [item.dataset.key, item]));
-  const items = runs.map((run) => {
-    const item = known.get(run.id) ?? el("li");
-    item.dataset.key = run.id;
-    const link = item.firstChild ?? item.appendChild(el("a"));
-    link.href = run.href;
-    link.onclick = (event) => {
-      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
-      event.preventDefault();
-      choose(run);
-    };
-    if (run.id === selected) link.setAttribute("aria-current", "true");
-    else link.removeAttribute("aria-current");
-    const risks = run.risks.map(([h, p]) => `${h}: ${percent(p)}`).join(" · ");
-    link.replaceChildren(
-      el("span", { class: "row" }, el("span", { class: "name" }, run.name), pill(run.state)),
-      el("span", { class: "row small" }, el("span", {}, `step ${grouped(run.lastStep)}`), el("span", {}, run.activity)),
-      el("span", { class: "row small" }, risks ? `risk ${risks}` : "no forecast yet"),
-    );
-    return item;
-  });
-  if (items.length !== list.children.length || items.some((item, i) => list.children[i] !== item)) {
-    const focused = document.activeElement;
-    list.replaceChildren(...items);
-    if (list.contains(focused)) focused.focus();
-  }
-  $("runs-empty").hidden = runs.length > 0;
-}
-
 export function heading(run, risk) {
   $("name").textContent = run.name;
   const facts = [`step ${grouped(run.lastStep)}`, run.activity];
   if (run.loss !== null && run.loss !== undefined) facts.push(`loss ${short(run.loss)}`);
-  if (run.attempts > 1) facts.push(`attempt ${run.attempt ?? run.attempts}`);
+  if (run.attempts > 1) facts.push(`attempt ${run.attempt ?? run.attempts} of ${run.attempts}`);
   if (risk?.model_version) facts.push(`forecaster ${risk.model_version}`);
   if (run.project && run.project !== "default") facts.unshift(run.project);
   $("facts").textContent = facts.join("  ·  ");
@@ -58,9 +26,8 @@ export function heading(run, risk) {
   $("alarm").replaceChildren(...[kind, pill(risk?.state ?? run.state, true)].filter(Boolean));
 }
 
-/** What happened around the alarm, or around now, as a file for somebody without this service. */
-export function incident(run, alarms) {
-  const step = alarms.at(0)?.step ?? run.lastStep;
+/** What happened around a step as a file for somebody without this service. */
+export function incident(run, step) {
   const known = step !== null && step !== undefined;
   $("incident").hidden = !known;
   if (!known) return;
@@ -98,9 +65,16 @@ export function reasons(risk) {
   $("reasons").replaceChildren(...rows.map(([horizon, why]) => el("li", {}, `${grouped(horizon)} steps: no answer, ${why}`)));
 }
 
-export function drivers(risk) {
+const layerLink = (run, layer, params = {}) =>
+  el("a", { class: "chip", href: href({ view: "layer", project: run.project, run: run.name, layer, params }) }, el("code", {}, layer));
+
+export function drivers(run, risk) {
   const rows = (risk?.drivers ?? []).slice(0, 7);
-  const none = answered(risk) ? "Nothing stands out: every signal is at this run's usual level." : "There is no forecast to explain.";
+  // An answer from the store has no pace: what drove it was not kept.
+  const kept = risk?.steps_per_record !== null;
+  const none = !answered(risk) ? "There is no forecast to explain."
+    : kept ? "Nothing stands out: every signal is at this run's usual level."
+      : "What drives the risk is known while a run is live. Its alarms keep what drove them.";
   contentOr("drivers", rows.length ? null : none);
   const largest = Math.max(...rows.map((row) => Math.abs(row.contribution)), 1e-9);
   $("drivers").replaceChildren(...rows.map((row) => {
@@ -111,49 +85,38 @@ export function drivers(risk) {
       el("div", { class: "row" }, el("span", { class: "signal" }, row.signal),
         el("span", { class: "amount" }, `${raises ? "raises +" : "lowers −"}${Math.abs(row.contribution).toFixed(2)}`)),
       el("div", { class: "track" }, fill),
-      row.layer ? el("code", {}, row.layer) : null);
+      row.layer ? layerLink(run, row.layer) : null);
   }));
 }
 
-function causeRows(cause) {
+/** Rows of a cause as a list of terms; with a run, its layers are links. */
+export function causeBody(cause, run = null) {
   const where = [cause.role, cause.statistic].filter(Boolean).join(" · ");
-  return [
-    cause.layers?.length ? ["layers", cause.layers.map((layer) => el("code", { class: "chip" }, layer))] : null,
+  const chip = (layer) => (run ? layerLink(run, layer, { statistic: cause.statistic, step: cause.since_step }) : el("span", { class: "chip" }, el("code", {}, layer)));
+  const rows = [
+    cause.layers?.length ? ["layers", cause.layers.map(chip)] : null,
     where ? ["seen in", [where]] : null,
     cause.since_step === null || cause.since_step === undefined ? null : ["since", [`step ${grouped(cause.since_step)}`]],
     cause.evidence ? ["evidence", [cause.evidence]] : null,
     cause.remedy ? ["remedy", [cause.remedy]] : null,
     cause.source ? ["source", [cause.source]] : null,
   ].filter(Boolean);
+  return el("dl", {}, ...rows.flatMap(([term, values]) => [el("dt", {}, term), el("dd", {}, ...values)]));
 }
 
 /** The likeliest cause in full, the others to open; what a reader has opened stays open. */
-export function diagnosis(answer, state) {
+export function diagnosis(run, answer, state, step) {
   const causes = answer.filter((cause, i) => i === 0 || number(cause.probability) >= 0.01);
-  const calm = state === "ok" || !state;
+  const calm = (state === "ok" || !state) && step === null;
   contentOr("causes", causes.length ? null : "No cause stands out.");
   $("causes-calm").hidden = !calm || !causes.length;
+  $("causes-when").textContent = step === null ? "" : `as of step ${grouped(step)}`;
   const opened = new Set([...$("causes").querySelectorAll("details[open]")].map((item) => item.dataset.cause));
   $("causes").replaceChildren(...causes.map((cause, i) => {
     const head = el("span", { class: "row" }, el("h3", {}, CAUSES[cause.name] ?? cause.name), el("span", { class: "share" }, percent(number(cause.probability))));
-    const body = el("dl", {}, ...causeRows(cause).flatMap(([term, values]) => [el("dt", {}, term), el("dd", {}, ...values)]));
-    if (i === 0) return el("li", {}, head, body);
-    const rest = el("details", { open: opened.has(cause.name) }, el("summary", {}, head), body);
+    if (i === 0) return el("li", {}, head, causeBody(cause, run));
+    const rest = el("details", { open: opened.has(cause.name) }, el("summary", {}, head), causeBody(cause, run));
     rest.dataset.cause = cause.name;
     return el("li", {}, rest);
-  }));
-}
-
-export function alerts(rows, answer) {
-  contentOr("alerts", rows.length ? null : "No alerts for this run.");
-  $("alerts").tBodies[0].replaceChildren(...rows.map((row) => {
-    const button = (word, value) => {
-      const node = el("button", { type: "button", "aria-pressed": String(row.correct === value) }, word);
-      node.onclick = () => answer(row, value);
-      return node;
-    };
-    const verdict = [button("yes", true), button("no", false)];
-    return el("tr", {}, el("td", {}, pill(row.state)), el("td", {}, row.summary), el("td", {}, row.kind ?? ""),
-      el("td", {}, grouped(row.step)), el("td", { title: row.since ?? "" }, ago(row.since)), el("td", {}, ...verdict));
   }));
 }

@@ -25,8 +25,9 @@ def test_a_sqlite_store_loses_nothing_either(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_a_hundred_kills(tmp_path: Path) -> None:
-    tally = kill_and_count(tmp_path, kills=100, seed=int(time.time()))
-    print(f"100 kill -9: {tally}")
+def test_forty_kills(tmp_path: Path) -> None:
+    """`python -m benchmarks.faults` counts a hundred."""
+    tally = kill_and_count(tmp_path, kills=40, seed=int(time.time()))
+    print(f"40 kill -9: {tally}")
     assert tally.exactly_once, tally
-    assert tally.acknowledged > 100
+    assert tally.acknowledged > 40

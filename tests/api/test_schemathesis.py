@@ -93,4 +93,4 @@ def test_the_service_is_as_described(subject: Service, name: str, mode: Generati
 def test_the_service_is_as_described_at_length(
     subject: Service, name: str, mode: GenerationMode
 ) -> None:
-    tried(subject, name, mode, 150)
+    tried(subject, name, mode, 60)

@@ -124,13 +124,15 @@ class SpawnedProcess:
         return self._receive(self._answer_seconds)
 
     def _receive(self, seconds: float) -> Any:
-        if self._pipe is None or self._process is None:
+        # Another thread may end the process meanwhile.
+        pipe, process = self._pipe, self._process
+        if pipe is None or process is None:
             raise ProcessLost("it does not run")
         try:
-            if not self._pipe.poll(seconds):
-                self._process.kill()
+            if not pipe.poll(seconds):
+                process.kill()
                 raise ProcessLost(f"no answer within {seconds:g} s")
-            answer = self._pipe.recv()
+            answer = pipe.recv()
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise ProcessLost(str(error) or "it ended") from error
         if isinstance(answer, _Failure):

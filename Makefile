@@ -38,12 +38,23 @@ check: setup-dev
 	$(BIN)/python -m pip check
 	$(BIN)/python .ci/audit.py
 
+# Everything that two cores measure, an hour or more; some faults need root and libfaketime, and the
+# peers of the load `apt-get install prometheus victoria-metrics`.
 bench: setup-dev
 	$(BIN)/python -m benchmarks.monitor_overhead
+	$(BIN)/python -m benchmarks.host_cost
 	$(BIN)/python -m benchmarks.service_faults
 	$(BIN)/python -m benchmarks.ingest
+	$(BIN)/python -m benchmarks.load --peers
+	$(BIN)/python -m benchmarks.risk_refresh
+	$(BIN)/python -m benchmarks.risk_refresh --history 3000
 	$(BIN)/python -m benchmarks.store_sizes
+	$(BIN)/python -m benchmarks.growth --rows 1e6 1e7
+	$(BIN)/python -m benchmarks.collect_ranks
 	$(BIN)/python -m benchmarks.page_latency
+	$(BIN)/python -m benchmarks.compare_seeds
+	$(BIN)/python -m benchmarks.faults --kills 100
+	$(BIN)/python -m benchmarks.demo_seeds
 
 # On a machine with a CUDA device and its own torch; pytest is all that must be installed there.
 # Each is one call of less than 10 minutes; see benchmarks/README.md.

@@ -30,6 +30,7 @@ def rule_tests() -> dict[str, Any]:
             _dropped(),
             _slow(),
             _down(),
+            _orphaned(),
             _absent(),
             _late(),
             *_troubles(),
@@ -263,6 +264,23 @@ def _down() -> dict[str, Any]:
             _at("1m", "ForeshockDown"),
             _at("3m", "ForeshockDown"),
             _at("5m", "ForeshockDown", _expected("ForeshockDown", _SCRAPED)),
+        ],
+    }
+
+
+def _orphaned() -> dict[str, Any]:
+    name = "TrainingLossDiverging"
+    return {
+        "name": "alerts of a service that died end after it was told of, not before",
+        "interval": "1m",
+        "input_series": [
+            _series("foreshock_alert_firing", "1 1 1 1 stale", **_RUN, kind="detection"),
+            _series("up", "1 1 1 1 0 0 0 0 0 0 0 0 0 0"),
+        ],
+        "alert_rule_test": [
+            _at("7m", name, _expected(name, _RUN)),
+            _at("7m", "ForeshockDown", _expected("ForeshockDown", _SCRAPED)),
+            _at("11m", name),
         ],
     }
 

@@ -47,7 +47,7 @@ def _recorded_rules() -> list[dict[str, str]]:
     state = "max by (project, run, state) (foreshock_run_state)"
     return [
         _recorded("project_run_horizon", "foreshock_divergence_risk_ratio"),
-        _recorded("project_run_kind", "foreshock_alert_firing"),
+        _remembered("project_run_kind", "foreshock_alert_firing"),
         _recorded("project_run_kind", "foreshock_alert_muted"),
         _recorded("project_run", "foreshock_at_risk_seconds"),
         {
@@ -64,6 +64,17 @@ def _recorded(level: str, name: str) -> dict[str, str]:
     # Over instances: a service that moved to another address must not make two of one run.
     labels = ", ".join(METRICS[name].labels)
     return {"record": f"{level}:{name}:max", "expr": f"max by ({labels}) ({name})"}
+
+
+def _remembered(level: str, name: str) -> dict[str, str]:
+    """As `_recorded`, for five minutes longer than the service answers.
+
+    A service that dies must not make its runs' alerts look resolved: `ForeshockDown` comes first,
+    and hides them.
+    """
+    labels = ", ".join(METRICS[name].labels)
+    expression = f"max by ({labels}) (last_over_time({name}[5m]))"
+    return {"record": f"{level}:{name}:max", "expr": expression}
 
 
 def _quantile(name: str) -> dict[str, str]:

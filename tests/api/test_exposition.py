@@ -125,6 +125,21 @@ def test_firing_alerts_are_those_of_the_log_whether_the_run_is_live_or_not() -> 
     ]
 
 
+def test_the_end_of_an_alert_of_a_run_that_is_gone_is_seen() -> None:
+    firing: set[FiringAlert] = {("default", "gone", "silence")}
+    registry = metrics_registry(
+        tally=ServiceTally(),
+        runs=list,
+        firing=lambda: frozenset(firing),
+        muted=frozenset,
+        gauges=dict,
+    )
+    name = "foreshock_alert_firing"
+    assert samples(generate_latest(registry).decode(), name) == {("silence",): 1.0}
+    firing.clear()
+    assert samples(generate_latest(registry).decode(), name) == {("silence",): 0.0}
+
+
 def test_non_finite_loss_is_shown() -> None:
     (value,) = samples(exposed(reading(loss=math.nan)), "foreshock_loss").values()
     assert math.isnan(value)

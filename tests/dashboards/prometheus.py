@@ -53,14 +53,28 @@ class Prometheus:
 
 
 @contextmanager
-def running_prometheus(folder: Path, service: Service) -> Generator[Prometheus]:
+def running_prometheus(
+    folder: Path,
+    service: Service,
+    *,
+    rules: Path = FOLDER / "prometheus/rules/foreshock.yml",
+    alertmanager: str | None = None,
+) -> Generator[Prometheus]:
+    """Start Debian's Prometheus with our configuration and runbook, and end it.
+
+    Args:
+        folder: For data and log.
+        service: What it scrapes.
+        rules: File of rules.
+        alertmanager: Host and port of what it tells.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     config = prometheus_config(
         target=service.address.removeprefix("http://"),
-        rule_files=[str(FOLDER / "prometheus/rules/*.yml")],
+        rule_files=[str(rules)],
         token_file=None,
-        alertmanager=None,
+        alertmanager=alertmanager,
         scrape_interval="1s",
     )
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
@@ -71,6 +85,9 @@ def running_prometheus(folder: Path, service: Service) -> Generator[Prometheus]:
                 f"--config.file={folder / 'prometheus.yml'}",
                 f"--storage.tsdb.path={folder / 'tsdb'}",
                 f"--web.listen-address=127.0.0.1:{port}",
+                f"--web.console.templates={FOLDER / 'prometheus/consoles'}",
+                # What it sends before it knows its Alertmanager is lost, and the next in a minute.
+                "--rules.alert.resend-delay=1s",
             ],
             stdout=log,
             stderr=log,

@@ -60,6 +60,9 @@ ALERT_KINDS: Final[tuple[AlertKind, ...]] = tuple(ALERT_NAMES)
 MOST_RUNS: Final = 500
 """Runs exposed at once, the most recently active ones."""
 
+REMEMBERED_SECONDS: Final = 900.0
+"""How long an alert that has ended is shown as not firing, be its run live or not."""
+
 BUCKETS: Final[Mapping[str, tuple[float, ...]]] = {
     "foreshock_scoring_seconds": (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5),
     "foreshock_risk_delay_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
@@ -301,6 +304,7 @@ class _Exposition(Collector):
         self._tally = tally
         self._runs = runs
         self._alarms = alarms
+        self._fired: dict[FiringAlert, float] = {}
         self._gauges = gauges
         self._info = info
 
@@ -331,11 +335,18 @@ class _Exposition(Collector):
         muted = firing & set(self._alarms.muted())
         scored = [reading for reading in readings if reading.risk is not None]
         quiet = {(r.project, r.run, kind) for r in scored for kind in ALERT_KINDS}
-        keys = sorted(quiet | firing)
+        keys = sorted({*quiet, *firing, *self._recently(firing)})
         return {
             "foreshock_alert_firing": [(key, float(key in firing)) for key in keys],
             "foreshock_alert_muted": [(key, float(key in muted)) for key in keys],
         }
+
+    def _recently(self, firing: Collection[FiringAlert]) -> Collection[FiringAlert]:
+        """What fired a little while ago: rules remember, so an end has to be seen as a 0."""
+        now = time.monotonic()
+        kept = {key: at for key, at in self._fired.items() if now - at < REMEMBERED_SECONDS}
+        self._fired = kept | dict.fromkeys(firing, now)
+        return self._fired.keys()
 
 
 _Sample = tuple[tuple[str, ...], float]

@@ -7,6 +7,7 @@ from typing import Any, Final
 from dashboards.parts import (
     FLEET,
     NUMERICS,
+    OPERANDS,
     RUN,
     Graph,
     Override,
@@ -207,10 +208,11 @@ def _firing() -> Table:
 
 def _worst(title: str, description: str, unit: str, metric: str, pick: str = "topk") -> Table:
     over = "max" if pick == "topk" else "min"
-    layers = f"{over} by (project, run, layer, role) ({series(metric, 'projects')})"
+    layers = f"{over} by (project, run, layer, role) ({series(metric, 'projects', more=OPERANDS)})"
     return Table(
         title=title,
-        description=f"{description} Over all runs; the layer leads to its numerics.",
+        description=f"{description} Over all runs and the operands of their GEMMs; the layer leads "
+        "to its numerics.",
         unit=unit,
         targets=(Target(f"{pick}(10, {layers})", instant=True),),
         columns={

@@ -24,6 +24,7 @@ from foreshock.api.exposition import METRICS
 __all__ = [
     "FLEET",
     "NUMERICS",
+    "OPERANDS",
     "PROMETHEUS",
     "REFRESH",
     "RUN",
@@ -53,6 +54,10 @@ REFRESH: Final = "5s"
 """How often a dashboard asks again; Prometheus scrapes as often."""
 
 PROMETHEUS: Final = common.DataSourceRef(type_val="prometheus", uid="${prometheus_datasource}")
+
+OPERANDS: Final = 'role=~"input|weight|grad_output"'
+"""Matcher of the GEMMs' operands. Adam's moments have far heavier tails by nature, and would push
+every operand off a list of the worst."""
 
 Scope = Literal["service", "projects", "run"]
 _SCOPES: Final[Mapping[Scope, str]] = {

@@ -10,6 +10,7 @@ from typing import Any, Final
 from dashboards.parts import (
     FLEET,
     NUMERICS,
+    OPERANDS,
     PROMETHEUS,
     RUN,
     Graph,
@@ -87,9 +88,11 @@ def _single(title: str, description: str, unit: str, metric: str, **more: Any) -
 def _by_role(title: str, description: str, unit: str, metric: str, worst: str = "max") -> Graph:
     return Graph(
         title=title,
-        description=f"{description} Worst layer per role of the tensor.",
+        description=f"{description} Worst layer per operand of the GEMMs.",
         unit=unit,
-        targets=(Target(f"{worst} by (role) ({series(metric, 'run')})", "{{role}}"),),
+        targets=(
+            Target(f"{worst} by (role) ({series(metric, 'run', more=OPERANDS)})", "{{role}}"),
+        ),
         links=(_numerics("&var-role=${__field.labels.role}"),),
     )
 
@@ -98,11 +101,12 @@ def _layers(title: str, description: str, unit: str, metric: str, pick: str = "t
     over = "max" if pick == "topk" else "min"
     return Graph(
         title=title,
-        description=f"{description} The five worst; a point leads to the layer's numerics.",
+        description=f"{description} The five worst operands of GEMMs; a point leads to the layer's "
+        "numerics.",
         unit=unit,
         targets=(
             Target(
-                f"{pick}(5, {over} by (layer, role) ({series(metric, 'run')}))",
+                f"{pick}(5, {over} by (layer, role) ({series(metric, 'run', more=OPERANDS)}))",
                 "{{layer}} {{role}}",
             ),
         ),
@@ -175,8 +179,7 @@ _RISK: Final = (
 _TENSORS: Final = (
     _by_role(
         "Kurtosis by role",
-        "Kurtosis about zero, per operand of the GEMMs. Gaussian is 3; a steady rise means "
-        "outliers.",
+        "Kurtosis about zero. Gaussian is 3; a steady rise means outliers.",
         "none",
         "foreshock_kurtosis",
     ),

@@ -29,6 +29,7 @@ from tests.dashboards.service import Service
 WINDOW = "15s"
 LAYER = "blocks.1.mlp.down"
 BY_HAND = "by-hand"
+OPERANDS = ("input", "weight", "grad_output")
 BOARDS = {board["uid"]: board for board in (make() for make in DASHBOARDS)}
 VARIABLES = {
     "job": "foreshock",
@@ -161,7 +162,8 @@ def worst_of(records: list[StepRecord], statistic: str, largest: bool) -> tuple[
     by_role: dict[str, list[float]] = defaultdict(list)
     for tensor in measured.tensors:
         value = getattr(tensor, statistic)
-        if value is not None and not tensor.identity.what_if:
-            layers[labels(layer=tensor.identity.layer, role=tensor.identity.role)] = value
-            by_role[tensor.identity.role].append(value)
+        identity = tensor.identity
+        if value is not None and not identity.what_if and identity.role in OPERANDS:
+            layers[labels(layer=identity.layer, role=identity.role)] = value
+            by_role[identity.role].append(value)
     return {labels(role=role): pick(values) for role, values in by_role.items()}, layers

@@ -3,7 +3,8 @@
 Emulated FP8, one more format and the optimizer's states measured; its learning rate runs away from
 step 40 on, and the shipped forecaster notices. Started as
 `python -m tests.dashboards.real_run --url http://... --folder PATH`: at a pause it writes
-`paused-STEP` there and waits for `go-STEP`.
+`paused-STEP` there and waits for `go-STEP`. With `--demo SEED` it trains the failing run of
+`foreshock demo` instead, without a pause, and with `--healthy` its twin.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from foreshock.monitor import Watch, watch
 from foreshock.trainer.config import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from foreshock.trainer.faults import LearningRateRamp
 from foreshock.trainer.loop import StepResult, train
-from foreshock.trainer.recipes import debug_cpu
+from foreshock.trainer.recipes import debug_cpu, demo
 from tests.dashboards.real_plan import CHECKPOINTS, DROPPED, LAST, NAME, PAUSES, TENSOR_EVERY
 
 _CONFIG: Final = replace(
@@ -39,16 +40,19 @@ _CONFIG: Final = replace(
 
 
 class _Pauses:
-    def __init__(self, folder: Path, events: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, folder: Path, events: Callable[[str, str], None], pauses: tuple[int, ...]
+    ) -> None:
         self._folder = folder
+        self._pauses = pauses
         self._event = events
 
     def __call__(self, step: StepResult) -> None:
-        if step.step in CHECKPOINTS:
+        if step.step in CHECKPOINTS or (not self._pauses and step.step % 100 == 0):
             self._event("checkpoint", f"step-{step.step}.pt")
-        if step.step == DROPPED:
+        if step.step == DROPPED and self._pauses:
             self._event("dropped", "3 records: the spool was full")
-        if step.step in PAUSES:
+        if step.step in self._pauses:
             (self._folder / f"paused-{step.step}").write_text("paused")
             while not (self._folder / f"go-{step.step}").exists():
                 time.sleep(0.05)
@@ -59,16 +63,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--url", required=True)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--demo", type=int)
+    parser.add_argument("--healthy", action="store_true")
     given = parser.parse_args()
+    config = _CONFIG if given.demo is None else demo(given.demo)[int(given.healthy)]
     watches: list[Watch] = []
 
     def attach(model: nn.Module, optimizer: torch.optim.Optimizer, first_step: int) -> Watch:
         made = watch(
             model,
             optimizer,
-            run=NAME,
+            run=config.name,
             url=given.url,
-            spool=given.folder / "spool",
+            spool=given.folder / f"spool-{config.name}",
             tensor_every=TENSOR_EVERY,
             first_step=first_step,
             what_if=["mxfp8"],
@@ -80,7 +87,8 @@ def main() -> None:
     def event(kind: str, detail: str) -> None:
         watches[0].event(kind, detail)
 
-    train(_CONFIG, watch=attach, on_step=_Pauses(given.folder, event))
+    pauses = PAUSES if given.demo is None else ()
+    train(config, watch=attach, on_step=_Pauses(given.folder, event, pauses))
 
 
 if __name__ == "__main__":

@@ -60,11 +60,7 @@ class PanelData:
         }
         answer = self.prometheus.get("/api/v1/query_range", params=given).raise_for_status()
         return [
-            (
-                series["metric"],
-                [time - self.start for time, _ in series["values"]],
-                [float(value) for _, value in series["values"]],
-            )
+            (series["metric"], *_whole(series["values"], self.start, step))
             for series in answer.json()["data"]["result"]
         ]
 
@@ -83,6 +79,21 @@ class PanelData:
         answer = self.service.get(read.path, params=dict(read.parameters)).raise_for_status()
         csv = read.query["type"] == "csv"
         return from_infinity(answer.text if csv else answer.json(), read.query)
+
+
+def _whole(
+    samples: Sequence[tuple[float, str]], start: float, step: float
+) -> tuple[list[float], list[float]]:
+    """Seconds and values; NaN where a series was away, so that no line goes over it."""
+    times: list[float] = []
+    values: list[float] = []
+    for time, value in samples:
+        if times and time - start - times[-1] > 1.5 * step:
+            times.append(times[-1] + step)
+            values.append(math.nan)
+        times.append(time - start)
+        values.append(float(value))
+    return times, values
 
 
 def drawn(panel: Mapping[str, Any], data: PanelData, board: Mapping[str, Any], size: Size) -> str:
@@ -144,7 +155,7 @@ def _mark(figure: Any, data: PanelData, board: Mapping[str, Any]) -> None:
     for query in annotation_queries(board, data.variables):
         for _, times, values in data.lines(query):
             if query.panel == "Checkpoints":
-                for saved in sorted(set(values)):
+                for saved in sorted({value for value in values if not math.isnan(value)}):
                     at = saved / 1000 - data.start
                     figure.add_vline(x=at, line={"color": "#56a64b", "dash": "dot", "width": 1})
             else:

@@ -20,6 +20,7 @@ from dashboards.queries import (
     service_read,
 )
 
+from foreshock.api.alert_log import ALERT_NAMES
 from foreshock.api.exposition import LAYER_STATISTICS
 from foreshock.monitor.record import StepRecord, records_from_json
 from tests.dashboards.prometheus import Prometheus, Vector, labels
@@ -144,8 +145,7 @@ def stored(client: httpx.Client) -> dict[str, Vector]:
             labels(): ("ok", "pending", "firing", "resolved").index(risk["state"])
         },
         "foreshock_alert_firing": {
-            labels(kind=kind): float(any(a["kind"] == kind for a in firing))
-            for kind in ("forecast", "detection", "silence")
+            labels(kind=kind): float(any(a["kind"] == kind for a in firing)) for kind in ALERT_NAMES
         },
     }
     for known in LAYER_STATISTICS:

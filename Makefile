@@ -4,7 +4,7 @@ SEED ?= 7
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup setup-dev demo test test-long check bench gpu-test gpu-bench dashboards docs clean
+.PHONY: setup setup-dev demo test test-long check bench gpu-test gpu-bench dashboards docs site clean
 
 setup: .venv/.installed
 setup-dev: .venv/.installed-dev
@@ -37,6 +37,7 @@ check: setup-dev
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pip check
 	$(BIN)/python .ci/audit.py
+	$(MAKE) site
 
 # Everything that two cores measure, an hour or more; some faults need root and libfaketime, and the
 # peers of the load `apt-get install prometheus victoria-metrics`.
@@ -70,6 +71,10 @@ dashboards: setup-dev
 # The description of the service; a test fails when it is not the service's own.
 docs: setup-dev
 	$(BIN)/python -m docs.openapi
+
+# The documentation, into build/site; a warning is an error. Needs no network, and neither do its pages.
+site: setup-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis foreshock-spool

@@ -94,6 +94,23 @@ def test_the_heatmap_is_the_apis(client: Client) -> None:
     assert axes.get_xlabel() == "optimizer step"
 
 
+def test_steps_between_two_measurements_are_no_gaps_but_a_pause_is(client: Client) -> None:
+    launch = new_launch()
+    client.announce("sparse", launch, layers=LAYERS)
+    measured = {0, 4, 8, 24, 28}
+    records = [full(step) if step in measured else record(step) for step in range(32)]
+    client.put_batch("sparse", f"{launch}-0-0", records)
+    figure = draw("sparse", client=client)
+    (mesh,) = (made for made in figure.axes[1].collections if isinstance(made, QuadMesh))
+    array = mesh.get_array()
+    assert array is not None
+    edges = mesh.get_coordinates()[0, :, 0]
+    grey = np.ma.getmaskarray(array).all(axis=0)
+    assert edges[:-1][~grey].tolist() == sorted(measured)
+    # Where every fourth step was measured, nothing from step 12 to 23 is a pause.
+    assert edges[:-1][grey].tolist() == list(range(12, 24))
+
+
 def test_a_part_of_the_run(client: Client) -> None:
     figure = draw("llama", client=client, horizon=10, first_step=10, last_step=19)
     steps = np.asarray(line(figure.axes[0], "loss").get_xdata())

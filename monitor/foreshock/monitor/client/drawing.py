@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
+Steps = np.ndarray[Any, np.dtype[np.int64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
 _POINTS: Final = 1000
 _MOST_NAMES: Final = 32
 _LOGARITHMIC_SPAN: Final = 100.0
@@ -128,7 +131,7 @@ def _draw_loss(axes: Axes, table: pa.Table) -> None:
     axes.set_ylabel("loss", color=_LOSS_COLOUR)
 
 
-def _floats(table: pa.Table, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _floats(table: pa.Table, name: str) -> Floats:
     values = (np.nan if value is None else value for value in table.column(name).to_pylist())
     return np.fromiter(values, dtype=np.float64)
 
@@ -175,13 +178,14 @@ def _draw_heatmap(figure: Figure, axes: Axes, heat: Heatmap, name: str) -> None:
     """Layers from top to bottom in model order; the brighter, the worse; grey: not measured."""
     from matplotlib.colors import LogNorm
 
-    finite = heat.values[np.isfinite(heat.values)]
+    steps, values = _without_cadence(heat)
+    finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
     spread = low > 0 and high > _LOGARITHMIC_SPAN * low
     mesh = axes.pcolormesh(
-        _edges(heat.steps),
+        _edges(steps),
         np.arange(len(heat.layers) + 1),
-        np.ma.masked_invalid(heat.values),
+        np.ma.masked_invalid(values),
         cmap="cividis_r" if heat.worst == "min" else "cividis",
         norm=LogNorm(low, high) if spread else None,
     )
@@ -194,7 +198,18 @@ def _draw_heatmap(figure: Figure, axes: Axes, heat: Heatmap, name: str) -> None:
     figure.colorbar(mesh, ax=axes, label=f"{name}; brighter is worse")
 
 
-def _edges(steps: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _without_cadence(heat: Heatmap) -> tuple[Steps, Floats]:
+    """Steps and values without the steps between two measurements, at which none was due."""
+    measured = ~np.isnan(heat.values).all(axis=0)
+    if measured.sum() < 2:
+        return heat.steps, heat.values
+    spacing = np.median(np.diff(heat.steps[measured]))
+    last = np.maximum.accumulate(np.where(measured, heat.steps, -np.inf))
+    kept = measured | (heat.steps - last >= spacing)
+    return heat.steps[kept], heat.values[:, kept]
+
+
+def _edges(steps: Steps) -> Floats:
     """Where each bucket begins, and where the last one ends if it is as wide as the one before."""
     width = float(steps[-1] - steps[-2]) if len(steps) > 1 else 1.0
     return np.append(steps.astype(np.float64), steps[-1] + width if len(steps) else 0.0)

@@ -1,0 +1,1 @@
+"""Commands and snippets of the documentation run, with real parts."""

@@ -27,9 +27,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Name every decision in the navigation, so that a new one needs no line of its own."""
     found = sorted((ROOT / "docs" / "decisions").glob("*.md"))
     decisions = [f"decisions/{path.name}" for path in found]
-    config.nav = [
-        {"Decisions": decisions} if "Decisions" in entry else entry for entry in config.nav
-    ]
+    nav: list[Any] = config.nav or []
+    config.nav = [{"Decisions": decisions} if "Decisions" in entry else entry for entry in nav]
     return config
 
 

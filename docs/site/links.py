@@ -16,6 +16,7 @@ BROUGHT: Final = {
     "monitor/README.md": "portions/monitor.md",
     "trainer/README.md": "portions/trainer.md",
     "api/README.md": "portions/api.md",
+    "dashboards/README.md": "portions/dashboards.md",
     "benchmarks/README.md": "portions/benchmarks.md",
     "dashboards/runbook.md": "runbook.md",
     "CHANGELOG.md": "changelog.md",

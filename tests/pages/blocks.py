@@ -14,7 +14,7 @@ ROOT: Final = Path(__file__).parents[2]
 RUN_LANGUAGES: Final = ("python", "bash")
 OTHER_LANGUAGES: Final = ("text", "tree", "math", "yaml", "json")
 _BROUGHT: Final = ("README.md", "CONTRIBUTING.md", "dashboards/runbook.md")
-_PORTIONS: Final = ("monitor", "trainer", "api", "benchmarks")
+_PORTIONS: Final = ("monitor", "trainer", "api", "dashboards", "benchmarks")
 _FENCE: Final = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARKER: Final = re.compile(r"<!-- (?:(not run)|(run by) (\S+)): (.+?) -->\n\Z")
 

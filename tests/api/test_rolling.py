@@ -161,7 +161,7 @@ def test_only_the_replica_that_has_a_run_rolls_it_up(scene: Scene) -> None:
 
 def test_a_service_rolls_up_and_answers_from_it(tmp_path: Path) -> None:
     file = tmp_path / "facts.sqlite"
-    service = Service(tmp_path, "--store", f"sqlite://{file}", "--rollup-retention-days", "9")
+    service = Service(tmp_path, "--store", f"sqlite://{file}", "--retention-days", "9")
     service.start()
     with service.client() as client:
         launch = new_launch()

@@ -110,6 +110,7 @@ PARTS: dict[str, set[str]] = {
         "CHUNK_STEPS",
         "OF_FORMAT",
         "OF_FORMAT_WORST",
+        "SINCE if aged else ''",
         "_BUCKET",
         "_ODD",
         "_ROLLED",

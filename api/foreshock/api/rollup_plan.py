@@ -7,7 +7,7 @@ where the rollup still says what the rows say; every other block is read from ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -57,10 +57,17 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is read from where: rollups, and rows of these views."""
+    """What is read from where: rollups, and rows of these views.
+
+    Attributes:
+        rolled: Read from rollups.
+        raw: Read from rows.
+        expired: Whether rows of something in `rolled` are gone, so that there is no choice.
+    """
 
     rolled: tuple[Stretch, ...]
     raw: tuple[View, ...]
+    expired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +173,8 @@ def plan(view: View, rolled: pa.Table, raw: pa.Table) -> Plan:
     for place in np.flatnonzero(counts > 1):
         rows = np.flatnonzero(shown)[starts[place] : starts[place] + counts[place]]
         chosen[place] = _choose(known, inside, whole, rows)
-    return _stretches(view, block[starts], chosen)
+    needed = known.expired[shown] & (attempt == np.repeat(chosen, counts))
+    return replace(_stretches(view, block[starts], chosen), expired=bool(needed.any()))
 
 
 _ROWS: Final = -1

@@ -64,7 +64,8 @@ class Settings:
         max_json_bytes: Largest JSON body once decompressed; JSON costs far more memory than Arrow.
         retention_days: Records received longer ago are deleted; 0 keeps them. Series and heatmaps
             go on from rollups.
-        rollup_retention_days: Rollups made longer ago are deleted; 0 keeps them.
+        rollup_retention_days: Rollups made longer ago are deleted; 0 keeps them. Not shorter than
+            `retention_days`.
         min_free_bytes: Below so much free disk new batches get 503: the engine needs room to merge,
             and does not survive a disk that is really full.
         fsync: Whether an acknowledged batch survives a power cut (else only a killed process).
@@ -147,6 +148,12 @@ class Settings:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; allowed: 0 (none) or more")
+        kept = self.rollup_retention_days
+        if kept and (not self.retention_days or kept < self.retention_days):
+            raise SettingsError(
+                f"rollup_retention_days is {kept}: rollups are what is left of records, so that "
+                f"retention_days ({self.retention_days or 'for good'}) may not be longer"
+            )
         if bool(self.tls_cert) != bool(self.tls_key):
             raise SettingsError("tls_cert and tls_key belong together; one of them is not set")
         try:

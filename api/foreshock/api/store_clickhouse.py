@@ -42,9 +42,10 @@ from foreshock.api.store_query_rolled import (
     rolled_bounds_sql,
     rolled_heatmap_sql,
     rolled_series_sql,
+    rollups_there_sql,
     rows_to_roll_sql,
 )
-from foreshock.api.store_reads import RolledReads, RowsToRoll
+from foreshock.api.store_reads import RolledReads, RowsToRoll, stamped
 from foreshock.api.store_schema import (
     FACT_TABLES,
     RISK_SCHEMA,
@@ -85,9 +86,9 @@ class ClickHouseStore(RolledReads):
         Raises:
             StoreError: They cannot be made.
         """
-        super().__init__(layer_names, _PIECE_ROWS)
-        self._engine = engine
         self._options = options or TableOptions()
+        super().__init__(layer_names, _PIECE_ROWS, expires=self._options.retention_days > 0)
+        self._engine = engine
         self._writers = {table: self._engine.writer() for table in FACT_TABLES}
         self._beside = ThreadPoolExecutor(len(FACT_TABLES), "foreshock-insert")
         self._derived = self._engine.writer()
@@ -202,7 +203,9 @@ class ClickHouseStore(RolledReads):
         Raises:
             StoreError: It failed, or the engine runs on servers.
         """
-        self._engine.backup(folder)
+        # Else a rollup might be in the copy without its values.
+        with self._rolling:
+            self._engine.backup(folder)
 
     def drop_risks_after(self, version: int) -> None:
         """Remove risk rows that were added later than this, nanoseconds since 1970.
@@ -325,8 +328,7 @@ class ClickHouseStore(RolledReads):
 
     def bounds(self, view: View) -> tuple[int, int] | None:
         """First and last step of a view, or None if it holds no record."""
-        row = self._engine.read(bounds_sql(view), view.parameters).to_pylist()[0]
-        return (int(row["low"]), int(row["high"])) if row["n"] else None
+        return self._bounds(bounds_sql(view), view.parameters)
 
     def counts(self, run_id: str, *, exact: bool = True) -> dict[str, int]:
         """Rows per table of facts: distinct keys, or raw rows as they lie on disk."""
@@ -345,13 +347,33 @@ class ClickHouseStore(RolledReads):
 
     # For series and heatmaps
 
+    def _held_bounds(self, view: View) -> tuple[int, int] | None:
+        since = self._facts_since()
+        return self._bounds(bounds_sql(view, aged=since > 0), view.parameters | {"since": since})
+
     def _rolled_bounds(self, view: View) -> tuple[int, int] | None:
-        row = self._engine.read(rolled_bounds_sql(view), view.parameters).to_pylist()[0]
+        since = self._rollups_since()
+        sql = rolled_bounds_sql(view, aged=since > 0)
+        return self._bounds(sql, view.parameters | {"since": since})
+
+    def _bounds(self, sql: str, values: Mapping[str, Any]) -> tuple[int, int] | None:
+        row = self._engine.read(sql, values).to_pylist()[0]
         return (int(row["low"]), int(row["high"])) if row["n"] else None
 
     def _blocks(self, view: View) -> tuple[pa.Table, pa.Table]:
-        rolled = self._engine.read(rolled_blocks_sql(view), view.parameters)
-        return rolled, self._engine.read(blocks_sql(view), view.parameters)
+        since, rolled_since = self._facts_since(), self._rollups_since()
+        rolled = rolled_blocks_sql(view, aged=rolled_since > 0)
+        raw = blocks_sql(view, aged=since > 0)
+        return (
+            self._engine.read(rolled, view.parameters | {"since": rolled_since}),
+            self._engine.read(raw, view.parameters | {"since": since}),
+        )
+
+    def _facts_since(self) -> int:
+        return _since(self._options.retention_days)
+
+    def _rollups_since(self) -> int:
+        return _since(self._options.rollup_retention_days)
 
     def _scalar_buckets(self, view: View, values: Mapping[str, Any]) -> pa.Table:
         return self._engine.read(scalar_series_sql(view), view.parameters | dict(values))
@@ -389,8 +411,28 @@ class ClickHouseStore(RolledReads):
         sql = rows_to_roll_sql()[table]
         return self._engine.read(sql, rows.parameters | {"low": layers[0], "high": layers[1]})
 
+    def _rollups_there(self, rows: RowsToRoll) -> pa.Table:
+        return self._engine.read(rollups_there_sql(), rows.parameters)
+
+    def _disown(self, rows: RowsToRoll, blocks: pa.Array, version: int) -> None:
+        # A merge keeps the newest values alone, while the blocks are still known by the old ones.
+        nothing = pa.repeat(pa.scalar(0, pa.int64()), len(blocks))
+        names = ("facts", "versions", "newest", "held", "first_step", "last_step")
+        table = pa.table({"block": blocks} | dict.fromkeys(names, nothing))
+        self._keep_rollups("steps_64", stamped(table, rows, version))
+
     def _keep_rollups(self, table: str, rows: pa.Table) -> None:
         self._roller.insert(table, rows)
+
+
+_DAY: Final = 86_400
+# Rows of a batch go into their tables one after the other.
+_MARGIN_SECONDS: Final = 600
+
+
+def _since(days: int) -> int:
+    """Rows received before this time (seconds since 1970) may be gone; 0 = none."""
+    return int(time.time()) - days * _DAY + _MARGIN_SECONDS if days else 0
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from foreshock.api.store_schema import TENSOR_KEY
 from foreshock.monitor.record import STATISTICS
 
 __all__ = [
+    "SINCE",
     "bounds_sql",
     "heatmap_sql",
     "scalar_series_sql",
@@ -20,13 +21,23 @@ __all__ = [
     "view_sql",
 ]
 
+SINCE: Final = " AND received >= toDateTime({since:UInt32})"
+"""Of tables whose rows go after a while: parts go when it suits the engine, and not in all tables
+at once, so that older rows count as gone."""
+
 _STEPS: Final = "run_id = {run:String} AND step BETWEEN {first:Int64} AND {last:Int64}"
 
 
-def bounds_sql(view: View) -> str:
-    """First and last step of a view, and whether it holds any."""
+def bounds_sql(view: View, *, aged: bool = False) -> str:
+    """First and last step of a view, and whether it holds any.
+
+    Args:
+        view: The records.
+        aged: Leave out what was received before the placeholder since.
+    """
     # The highest attempts at each step cover the same steps as all attempts together.
     only = "" if view.attempt is None else " AND attempt = {attempt:UInt32}"
+    only += SINCE if aged else ""
     return (
         f"SELECT min(step) AS low, max(step) AS high, count() AS n FROM steps WHERE {_STEPS}{only}"
     )

@@ -6,6 +6,7 @@ from typing import Final
 
 from foreshock.api.rollups import BLOCK_STEPS, OF_FORMAT, OF_FORMAT_WORST, OF_RUN
 from foreshock.api.store import CHUNK_STEPS, View
+from foreshock.api.store_query import SINCE
 from foreshock.api.store_schema import TENSOR_KEY
 from foreshock.monitor.record import STATISTICS
 
@@ -15,36 +16,45 @@ __all__ = [
     "rolled_bounds_sql",
     "rolled_heatmap_sql",
     "rolled_series_sql",
+    "rollups_there_sql",
     "rows_to_roll_sql",
 ]
 
 
-def rolled_bounds_sql(view: View) -> str:
-    """First and last step of the rollups that lie wholly in a view, and whether there are any."""
+def rolled_bounds_sql(view: View, *, aged: bool) -> str:
+    """First and last step of the rollups that lie wholly in a view, and whether there are any.
+
+    `aged`, here and below: leave out what was received before the placeholder since.
+    """
     return (
         "SELECT min(first_step) AS low, max(last_step) AS high, count() AS n FROM steps_64"
         f" WHERE run_id = {{run:String}}{_only(view)}"
-        " AND first_step >= {first:Int64} AND last_step <= {last:Int64}"
+        f" AND first_step >= {{first:Int64}} AND last_step <= {{last:Int64}} AND facts > 0"
+        f"{SINCE if aged else ''}"
     )
 
 
-def blocks_sql(view: View) -> str:
+def blocks_sql(view: View, *, aged: bool) -> str:
     """What the rows of each attempt and block say; placeholders of the view, in whole blocks."""
     return (
         f"SELECT attempt, intDiv(step, {BLOCK_STEPS}) AS block, toInt64(count()) AS facts,"
         " toInt64(sum(ver)) AS versions, toInt64(max(ver)) AS newest FROM steps"
         f" WHERE run_id = {{run:String}}{_only(view)}"
-        " AND step BETWEEN {first:Int64} AND {last:Int64} GROUP BY attempt, block"
+        f" AND step BETWEEN {{first:Int64}} AND {{last:Int64}}{SINCE if aged else ''}"
+        " GROUP BY attempt, block"
     )
 
 
-def rolled_blocks_sql(view: View) -> str:
-    """The newest rollup of each attempt and block; placeholders of the view."""
+def rolled_blocks_sql(view: View, *, aged: bool) -> str:
+    """The newest rollup of each attempt and block; placeholders of the view.
+
+    One that is being made anew has no facts.
+    """
     return (
         "SELECT attempt, block, facts, versions, held FROM steps_64"
         f" WHERE run_id = {{run:String}}{_only(view)}"
         f" AND block BETWEEN intDiv({{first:Int64}}, {BLOCK_STEPS})"
-        f" AND intDiv({{last:Int64}}, {BLOCK_STEPS})"
+        f" AND intDiv({{last:Int64}}, {BLOCK_STEPS}){SINCE if aged else ''}"
         " ORDER BY attempt, block, ver DESC LIMIT 1 BY attempt, block"
     )
 
@@ -60,7 +70,7 @@ _ROLLED: Final = (
     " AND arrayExists((a, f, l) -> attempt = a AND block BETWEEN f AND l,"
     " {attempts:Array(Int64)}, {firsts:Array(Int64)}, {lasts:Array(Int64)})"
     " AND (attempt, block, ver) IN (SELECT attempt, block, max(ver) FROM steps_64"
-    " WHERE run_id = {run:String} AND block BETWEEN {low:Int64} AND {high:Int64}"
+    " WHERE run_id = {run:String} AND block BETWEEN {low:Int64} AND {high:Int64} AND facts > 0"
     " GROUP BY attempt, block)"
 )
 _ODD: Final = "if(countIf(isNaN(other)) > 0, toNullable(nan), max(other))"
@@ -95,6 +105,16 @@ def rolled_heatmap_sql(*, smallest: bool, format_given: bool) -> str:
     return (
         f"SELECT layer, {_BUCKET} AS bucket, {worst} AS value, {_ODD} AS odd FROM values_64"
         f" WHERE {_ROLLED} AND {which} GROUP BY layer, bucket"
+    )
+
+
+def rollups_there_sql() -> str:
+    """Columns block and ver of the rollups of a range; placeholders run, attempt, first, last."""
+    return (
+        "SELECT block, toInt64(max(ver)) AS ver FROM steps_64"
+        " WHERE run_id = {run:String} AND attempt = {attempt:UInt32}"
+        f" AND block BETWEEN intDiv({{first:Int64}}, {BLOCK_STEPS})"
+        f" AND intDiv({{last:Int64}}, {BLOCK_STEPS}) GROUP BY block"
     )
 
 

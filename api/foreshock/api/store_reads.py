@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from foreshock.api.rollup_plan import (
     ROLLED_FROM_STEPS,
@@ -38,7 +39,7 @@ from foreshock.api.store import (
 from foreshock.api.store_answers import combine_buckets, combine_cells, grid, series, within
 from foreshock.api.store_schema import NO_EXPERT
 
-__all__ = ["RolledReads", "RowsToRoll"]
+__all__ = ["RolledReads", "RowsToRoll", "stamped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,14 +88,20 @@ class RolledReads(Store):
     Args:
         layer_names: Names behind the stored ids.
         piece_rows: About how many tensor rows are rolled at a time.
+        expires: Whether rows go after a while.
     """
 
-    def __init__(self, layer_names: LayerNames, piece_rows: int) -> None:
+    def __init__(self, layer_names: LayerNames, piece_rows: int, *, expires: bool) -> None:
         self._layer_names = layer_names
         self._piece_rows = piece_rows
+        self._expires = expires
         self._rolling = threading.Lock()
 
     # What an implementation brings
+
+    def _held_bounds(self, view: View) -> tuple[int, int] | None:
+        """First and last step of a view whose rows are there, of every table."""
+        return self.bounds(view)
 
     @abstractmethod
     def _rolled_bounds(self, view: View) -> tuple[int, int] | None:
@@ -131,6 +138,13 @@ class RolledReads(Store):
     @abstractmethod
     def _to_roll(self, table: str, rows: RowsToRoll, layers: tuple[int, int]) -> pa.Table:
         """Rows for `rollups.py`; table `layers`: rows per layer."""
+
+    @abstractmethod
+    def _rollups_there(self, rows: RowsToRoll) -> pa.Table:
+        """Columns block and ver: every rollup that there is of these steps."""
+
+    def _disown(self, rows: RowsToRoll, blocks: pa.Array, version: int) -> None:
+        """Let nobody read the rollups of these blocks while their values are written anew."""
 
     @abstractmethod
     def _keep_rollups(self, table: str, rows: pa.Table) -> None:
@@ -194,7 +208,7 @@ class RolledReads(Store):
 
     def _layout(self, view: View, points: int) -> _Layout | None:
         """Buckets of a view, and what each is read from; None for a view without steps."""
-        held, rolled = self.bounds(view), self._rolled_bounds(view)
+        held, rolled = self._held_bounds(view), self._rolled_bounds(view)
         both = [bounds for bounds in (held, rolled) if bounds is not None]
         if not both:
             return None
@@ -202,11 +216,15 @@ class RolledReads(Store):
         view = within(view, bounds)
         plain = Grid.over(bounds, points, aligned=False)
         long = bounds[1] - bounds[0] >= ROLLED_FROM_STEPS and plain.width >= BLOCK_STEPS
-        if not long and bounds == held:
-            return _Layout(view, bounds, plain, Plan((), (view,)))
+        rows = Plan((), (view,))
+        short = not long and bounds == held
+        if short and (rolled is None or not self._expires):
+            return _Layout(view, bounds, plain, rows)
         chosen = plan(view, *self._blocks(_whole_blocks(view)))
+        if short and not chosen.expired:
+            return _Layout(view, bounds, plain, rows)
         if not chosen.rolled and not chosen.raw:
-            chosen = Plan((), (view,))
+            chosen = rows
         return _Layout(view, bounds, Grid.over(bounds, points, aligned=True), chosen)
 
     # Making rollups
@@ -234,11 +252,17 @@ class RolledReads(Store):
             if held.num_rows == 0:
                 return 0
             version = time.time_ns()
+            there = self._rollups_there(rows)
+            if there.num_rows:
+                # Also where the clock went back: the newest is what is read.
+                version = max(version, int(pc.max(there["ver"]).as_py()) + 1)
+                self._disown(rows, pc.unique(there["block"]), version)
+                version += 1
             for values in self._rolled_values(rows):
                 if values.num_rows:
-                    self._keep_rollups("values_64", _stamped(values, rows, version))
+                    self._keep_rollups("values_64", stamped(values, rows, version))
             # Last: only now are the others read.
-            self._keep_rollups("steps_64", _stamped(held, rows, version))
+            self._keep_rollups("steps_64", stamped(held, rows, version))
         return int(held.num_rows)
 
     def _rolled_values(self, rows: RowsToRoll) -> Iterator[pa.Table]:
@@ -261,7 +285,8 @@ def _whole_blocks(view: View) -> View:
     return replace(view, first_step=first, last_step=last)
 
 
-def _stamped(rows: pa.Table, of: RowsToRoll, version: int) -> pa.Table:
+def stamped(rows: pa.Table, of: RowsToRoll, version: int) -> pa.Table:
+    """Rows of a table of rollups with whose they are, and their version."""
     count = rows.num_rows
     rows = rows.append_column("run_id", pa.repeat(pa.scalar(of.run_id), count))
     rows = rows.append_column("attempt", pa.repeat(pa.scalar(of.attempt, pa.uint32()), count))

@@ -233,6 +233,8 @@ def _table_settings(table: str, options: TableOptions) -> str:
     synced = int(options.fsync and table in FACT_TABLES)
     settings = {"fsync_after_insert": synced, "fsync_part_directory": synced}
     settings["ttl_only_drop_parts"] = 1
+    # When the days change, parts that are there learn their new end without being written anew.
+    settings["materialize_ttl_recalculate_only"] = 1
     if options.cluster:
         settings["replicated_deduplication_window"] = _TOKENS
     elif options.server:
@@ -264,7 +266,4 @@ def _retention(table: str, options: TableOptions) -> str:
     rollups = table in ROLLUP_TABLES
     days = options.rollup_retention_days if rollups else options.retention_days
     span = f"INTERVAL {days} DAY" if days else "INTERVAL 50 YEAR"
-    return (
-        f"ALTER TABLE {options.held_in(table)} MODIFY TTL received + {span} "
-        "SETTINGS materialize_ttl_after_modify = 0"
-    )
+    return f"ALTER TABLE {options.held_in(table)} MODIFY TTL received + {span}"

@@ -49,11 +49,13 @@ from foreshock.api.store_sqlite_query import (
 from foreshock.api.store_sqlite_rolled import (
     BLOCKS,
     ROLLED_BLOCKS,
+    ROLLUPS_THERE,
     blocks_sql,
     rolled_blocks_sql,
     rolled_bounds_sql,
     rolled_heatmap_sql,
     rolled_series_sql,
+    rollups_there_sql,
     rows_to_roll_sql,
 )
 from foreshock.api.store_sqlite_schema import COLUMNS, KEYS, ddl, missing_columns
@@ -121,7 +123,7 @@ class SqliteStore(RolledReads):
         retention_days: int = 0,
         rollup_retention_days: int = 0,
     ) -> None:
-        super().__init__(layer_names, _PIECE_ROWS)
+        super().__init__(layer_names, _PIECE_ROWS, expires=retention_days > 0)
         self._path = path
         self._limits = limits or Limits()
         self._fsync = fsync
@@ -430,6 +432,10 @@ class SqliteStore(RolledReads):
         sql, schema = rows_to_roll_sql()[table]
         given = rows.parameters | {"low": layers[0], "high": layers[1]}
         return table_of(self._read(sql, given), schema)
+
+    def _rollups_there(self, rows: RowsToRoll) -> pa.Table:
+        found = self._read(rollups_there_sql(), rows.parameters)
+        return table_of(found, ROLLUPS_THERE)
 
     def _keep_rollups(self, table: str, rows: pa.Table) -> None:
         now = pa.repeat(pa.scalar(int(time.time())), rows.num_rows)

@@ -15,17 +15,20 @@ from foreshock.monitor.record import STATISTICS, TENSOR_TYPE
 __all__ = [
     "BLOCKS",
     "ROLLED_BLOCKS",
+    "ROLLUPS_THERE",
     "blocks_sql",
     "rolled_blocks_sql",
     "rolled_bounds_sql",
     "rolled_heatmap_sql",
     "rolled_series_sql",
+    "rollups_there_sql",
     "rows_to_roll_sql",
 ]
 
 _COUNTED: Final = [(name, pa.int64()) for name in ("attempt", "block", "facts", "versions")]
 ROLLED_BLOCKS: Final = pa.schema([*_COUNTED, ("held", pa.int64())])
 BLOCKS: Final = pa.schema([*_COUNTED, ("newest", pa.int64())])
+ROLLUPS_THERE: Final = pa.schema([("block", pa.int64()), ("ver", pa.int64())])
 
 
 def rolled_bounds_sql(view: View) -> str:
@@ -102,6 +105,14 @@ def rolled_heatmap_sql(*, smallest: bool, format_given: bool) -> str:
     return (
         f"SELECT t.layer, {_BUCKET} AS place, {worst}, {_ODD} {_ROLLED} WHERE {which}"
         " GROUP BY t.layer, place"
+    )
+
+
+def rollups_there_sql() -> str:
+    """`ROLLUPS_THERE`: the rollups of a range; placeholders run, attempt, first, last."""
+    return (
+        "SELECT block, max(ver) FROM steps_64 WHERE run_id = :run AND attempt = :attempt"
+        f" AND block BETWEEN :first / {BLOCK_STEPS} AND :last / {BLOCK_STEPS} GROUP BY block"
     )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import pytest
 
+from foreshock.api.deletions import AGAIN, Deletions
+from foreshock.api.leases import HOUSEKEEPING, SoleReplica
 from foreshock.api.registry import LaunchRequest, Registry
 from foreshock.api.risks import risk_table
 from foreshock.api.store import Limits, Store
@@ -64,11 +67,54 @@ def test_a_registry_names_the_run_until_its_facts_are_gone(tmp_path: Path) -> No
     assert registry.launch_owner(launch) is None
     assert registry.run(run_id) is None
     assert registry.runs() == []
-    assert registry.deleted() == [run_id]
+    assert list(registry.deleted()) == [run_id]
     registry.facts_removed(run_id)
-    assert registry.deleted() == []
+    assert registry.deleted() == {}
     again, attempt, new = registry.launch(request)
     assert (again != run_id, attempt, new) == (True, 1, True)
+    registry.close()
+
+
+class Housekeeper(SoleReplica):
+    """Has nothing but the housekeeping, or not even that."""
+
+    def __init__(self, *, keeps: bool) -> None:
+        self.keeps = keeps
+
+    def holds(self, name: str) -> bool:
+        return self.keeps and name == HOUSEKEEPING
+
+
+def test_replicas_forget_a_run_at_once_and_what_one_wrote_meanwhile_goes_later(
+    store: Store, tmp_path: Path
+) -> None:
+    registry = Registry(tmp_path / "registry.sqlite")
+    launch = new_launch()
+    request = LaunchRequest(project="default", run="r", launch_id=launch, layers=LAYERS)
+    run_id, _, _ = registry.launch(request)
+    replica = Registry(tmp_path / "registry.sqlite")
+    assert replica.launch_owner(launch) is not None
+    registry.delete(run_id)
+    store.delete_run(run_id)
+    # What the other replica had in hand.
+    store.append_risks([(run_id, 1, risk_table([(START, risk(4))]))])
+    forgotten: list[str] = []
+    keeper = Housekeeper(keeps=False)
+    deletions = Deletions(replica, store, keeper, forgotten.append)
+    now = datetime.now(UTC)
+    deletions.look(now)
+    deletions.look(now)
+    assert forgotten == [run_id]
+    assert replica.remembered_owners(launch) == ()
+    deletions.look(now + 2 * AGAIN)
+    assert store.last_risk_step(run_id, 1) == 4
+    keeper.keeps = True
+    deletions.look(now)
+    assert store.last_risk_step(run_id, 1) == 4
+    deletions.look(now + 2 * AGAIN)
+    assert store.last_risk_step(run_id, 1) is None
+    assert registry.deleted() == {}
+    replica.close()
     registry.close()
 
 
@@ -110,7 +156,7 @@ def test_deletion_goes_on_after_a_crash(tmp_path: Path) -> None:
     service.start()
     assert service.stop() == 0
     registry = Registry(service.data / "registry.sqlite")
-    assert registry.deleted() == []
+    assert registry.deleted() == {}
     registry.close()
     store = open_store(ChdbPlace(service.data / "store"), lambda _: LAYERS)
     assert set(store.counts(run_id, exact=False).values()) == {0}

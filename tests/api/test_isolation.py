@@ -219,6 +219,26 @@ def test_a_token_of_another_project_finds_nothing(world: World, operation: Opera
             assert mark not in body
 
 
+def test_a_launch_of_another_project_neither_shows_nor_blocks(world: World) -> None:
+    ours, theirs = world.client(world.secrets[f"{OURS} write"]), world.client(BOOTSTRAP)
+    before = theirs.get(f"/api/v1/runs/{world.run_id}/records?limit=1000").content
+    answer = ours.post("/api/v1/runs", json={"run": "secretrun", "launch_id": world.launch})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["attempt"] == 1
+    assert answer.json()["run_id"] != world.run_id
+    # The same number as a batch of theirs, with other contents.
+    for run in (answer.json()["run_id"], "secretrun"):
+        sent = put_records(ours, run, world.launch, 1, [make_record(3)])
+        assert sent.json()["duplicate"] is (run == "secretrun"), sent.text
+    assert put_records(ours, world.run_id, world.launch, 2, [make_record(9)]).status_code == 404
+    assert put_records(theirs, world.run_id, world.launch, 1, [make_record(3)]).status_code == 409
+    assert theirs.get(f"/api/v1/runs/{world.run_id}/records?limit=1000").content == before
+    reader = world.client(world.secrets[f"{OURS} read"])
+    shown = reader.get("/api/v1/runs/secretrun").json()
+    assert [each["launch_id"] for each in shown["history"]] == [world.launch]
+    assert theirs.delete(f"/api/v1/runs/{shown['run_id']}").status_code == 204
+
+
 def events(response: httpx.Response) -> Iterator[str]:
     for line in response.iter_lines():
         if line.startswith("data: "):

@@ -50,6 +50,48 @@ def test_a_launch_belongs_to_one_run(registry: Registry) -> None:
     assert registry.run_id("b", "p") is None
 
 
+def test_the_id_of_a_launch_means_something_within_its_project_only(registry: Registry) -> None:
+    launch = new_launch()
+    ours, _, _ = registry.launch(request("a", launch, "p"))
+    theirs, attempt, new = registry.launch(request("a", launch, "q"))
+    assert (theirs != ours, attempt, new) == (True, 1, True)
+    assert registry.launch(request("a", launch, "q")) == (theirs, 1, False)
+    with pytest.raises(LaunchConflict):
+        registry.launch(request("b", launch, "q"))
+    owners = registry.launch_owners(launch)
+    assert [(owner.run_id, owner.project) for owner in owners] == [(ours, "p"), (theirs, "q")]
+    assert len({owner.key for owner in owners}) == 2
+    for owner in owners:
+        assert registry.launch_owner(owner.key) == owner
+        run = registry.run(owner.run_id)
+        assert run is not None
+        assert [each.launch_id for each in run.attempts] == [launch]
+    registry.delete(ours)
+    assert registry.launch_owners(launch) == owners[1:]
+    # The other one keeps its place, whoever was first.
+    assert registry.launch(request("a", launch, "q")) == (theirs, 1, False)
+
+
+def test_a_run_that_went_elsewhere_is_looked_up_anew(registry: Registry) -> None:
+    """Two replicas: one remembers a run that the other has deleted and announced anew."""
+    launch = new_launch()
+    registry.launch(request())
+    old, number, _ = registry.launch(request("a", launch))
+    replica = Registry(Path(str(registry.engine.url.database)))
+    assert replica.launch_owners(launch)[0].run_id == old
+    assert replica.attempt(old, launch, 0, 0) == number == 2
+    registry.delete(old)
+    fresh, number, _ = registry.launch(request("a", launch))
+    assert replica.remembered_owners(launch)[0].run_id == old
+    assert replica.launch_owners(launch)[0].run_id == fresh
+    assert replica.attempt(fresh, launch, 0, 0) == number == 1
+    registry.delete(fresh)
+    replica.forget_run(fresh)
+    assert replica.remembered_owners(launch) == ()
+    assert replica.launch_owner(launch) is None
+    replica.close()
+
+
 def test_synced_to_disk_and_open_to_readers(registry: Registry) -> None:
     with registry.engine.connect() as connection:
         assert connection.execute(sa.text("PRAGMA journal_mode")).scalar() == "wal"

@@ -24,7 +24,7 @@ from foreshock.api.store_url import parse_store
 from tests.api.clickhouse_front import Front
 from tests.api.live_helpers import SUBJECT, content, receiver_process, risk
 from tests.api.postgres import Postgres, running_postgres
-from tests.api.service import Service, new_launch, post_run
+from tests.api.service import Service, make_records, new_launch, post_run, put_records
 from tests.api.test_shards import (
     Log,
     address,
@@ -205,3 +205,31 @@ def test_a_lost_replica_loses_nothing_and_doubles_nothing(
         assert sorted(set(scored)) == steps
     store.close()
     registry.close()
+
+
+def test_a_run_deleted_at_one_replica_is_gone_at_the_other(
+    postgres: Postgres, front: Front, tmp_path: Path
+) -> None:
+    database = postgres.new_database()
+    environment = {"FORESHOCK_STORE": address(front), "FORESHOCK_DATABASE": database}
+    services = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        services.append(Service(tmp_path / name, environment=environment))
+        services[-1].start()
+    launch = new_launch()
+    with services[0].client() as one, services[1].client() as two:
+        # The second attempt, so that a remembered number would be a wrong one.
+        post_run(one, "doomed", new_launch())
+        old = post_run(one, "doomed", launch)["run_id"]
+        assert put_records(two, old, launch, 0, make_records(0, 8)).json()["attempts"] == [2]
+        assert one.delete(f"/api/v1/runs/{old}").status_code == 204
+        assert two.get(f"/api/v1/runs/{old}").status_code == 404
+        fresh = post_run(one, "doomed", launch)["run_id"]
+        assert fresh != old
+        sent = put_records(two, fresh, launch, 0, make_records(0, 8))
+        assert (sent.status_code, sent.json()["attempts"]) == (201, [1]), sent.text
+        assert two.get(f"/api/v1/runs/{fresh}").json()["last_step"] == 7
+    for service in services:
+        assert service.stop() == 0, service.log
+        assert "Traceback" not in service.log

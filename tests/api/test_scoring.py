@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foreshock.api.columns import RecordReader
+from foreshock.api.diagnosis_process import DiagnosisProcess
 from foreshock.api.scorer import LocalScorer
 from foreshock.api.scoring import ScoringTask, ShippedScorers
 from foreshock.api.scoring_records import KnownLayout, scoring_records
 from foreshock.api.scoring_workers import InlineScoring, ScoringWorkers
 from foreshock.api.signals import EXTREMES, summarise, worst_layers
+from foreshock.api.spawned import ProcessLost
 from foreshock.monitor.record import (
     Event,
     Risk,
@@ -222,6 +226,52 @@ def test_a_worker_that_hangs_is_replaced(world: World) -> None:
     live.stop()
     assert workers.restarts >= 1
     assert workers.pids == ()
+
+
+def test_a_service_that_stops_does_not_wait_for_an_answer(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does it close the pipe, and then the store, under the thread that waits for it."""
+    workers = ScoringWorkers(1, ScriptedScorer)
+    live = world.analysis(scoring=workers)
+    live.start()
+    world.send(live, records_to_table(make_run(1, 5)))
+    wait_until(lambda: len(world.risks()) == 5, 60)
+    (pid,) = workers.pids
+    os.kill(pid, signal.SIGSTOP)
+    world.send(live, records_to_table(make_run(1, 10)[5:]))
+    wait_until(lambda: not live.idle, 60)
+    live.stop(0.5)
+    assert not live._thread.is_alive()
+    assert workers.pids == ()
+    assert workers.restarts == 0
+    assert "Traceback" not in caplog.text
+    # What was not scored is scored after the restart.
+    again = world.analysis(scoring=InlineScoring(ScriptedScorer))
+    again.start()
+    world.send(again, records_to_table(make_run(1, 12)[10:]))
+    wait_until(lambda: len(world.risks()) == 12, 60)
+    again.stop()
+
+
+def test_a_diagnosis_under_way_does_not_hold_the_service_up() -> None:
+    process = DiagnosisProcess()
+    process.start()
+    table = records_to_table(make_run(1, 40))
+    process.diagnose(table)
+    pid = process._process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(process.diagnose, table)
+        wait_until(process._lock.locked, 30)
+        began = time.monotonic()
+        process.stop()
+        # Not the minute after which a process counts as hanging.
+        assert time.monotonic() - began < 30
+        with pytest.raises(ProcessLost):
+            asked.result(30)
+    assert process._process.pid is None
 
 
 def test_workers_end_when_their_service_is_killed(tmp_path: Path) -> None:

@@ -50,6 +50,16 @@ def test_next_and_newest_count_records_not_steps(store: Store, sparse: str) -> N
     assert records.step_before(sparse, 1, 250, 100) == -1
 
 
+def test_a_run_may_go_between_two_looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleted, by this replica or another, while its records are read."""
+    records = RunRecords(store)
+    monkeypatch.setattr(store, "bounds", lambda _: (3, 40))
+    gone = "e" * 32
+    assert records.next_records(gone, 1, 2, 10).num_rows == 0
+    assert records.newest_records(gone, 1, 40, 10).num_rows == 0
+    assert records.step_before(gone, 1, 40, 10) == -1
+
+
 def test_risk_rows_of_many_runs_go_in_together(store: Store) -> None:
     records = RunRecords(store)
     runs = [uuid.uuid4().hex for _ in range(3)]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -166,7 +166,14 @@ class SharedCommits:
         self._claim: _Claim | None = None
         self._failed: set[int] = set()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="foreshock-commits", daemon=True)
+        # Two threads: a store that hangs must not make the others take this replica for dead.
+        self._threads = tuple(
+            threading.Thread(target=self._repeat, args=(what,), name=name, daemon=True)
+            for what, name in (
+                (self._beat, "foreshock-heartbeat"),
+                (self.sweep, "foreshock-commits"),
+            )
+        )
 
     def start(self) -> None:
         """Say that this replica lives, and begin to look for claims that nobody will keep.
@@ -179,13 +186,15 @@ class SharedCommits:
             with self._registry.write() as connection:
                 connection.execute(replicas.delete())
         self._beat()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Leave: what is still claimed is anybody's to clean up."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(30)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(30)
         try:
             with self._registry.write() as connection:
                 connection.execute(replicas.delete().where(replicas.c.replica == self.replica))
@@ -244,13 +253,12 @@ class SharedCommits:
         self.ledger.commit(entries, also=keep)
         claim.committed = True
 
-    # The thread
+    # The threads
 
-    def _run(self) -> None:
+    def _repeat(self, what: Callable[[], object]) -> None:
         while not self._stop.is_set():
             try:
-                self._beat()
-                self.sweep()
+                what()
             except (SQLAlchemyError, StoreError) as error:
                 _log.warning("claims were not looked after: %s", type(error).__name__)
             except Exception:  # noqa: BLE001 the worker's one guard: the next round may succeed

@@ -30,14 +30,18 @@ class DiagnosisProcess:
         )
         self._lock = threading.Lock()
         self._started = False
+        self._stopping = False
 
     def start(self) -> None:
         """Start the process before the first question, which would have to wait for it."""
         with self._lock:
+            self._stopping = False
             self._begin()
 
     def stop(self) -> None:
-        """End the process."""
+        """End the process; a question under way is not answered."""
+        self._stopping = True
+        self._process.interrupt()
         with self._lock:
             self._process.stop()
             self._started = False
@@ -69,6 +73,8 @@ class DiagnosisProcess:
         return tuple(self._process.receive())
 
     def _begin(self) -> None:
+        if self._stopping:
+            raise ProcessLost("the service is stopping")
         if not self._started:
             self._process.start()
             self._started = True

@@ -283,9 +283,10 @@ class Ingest:
             StoreError: The store does not work.
         """
         self._commits.start()
-        for run_id in self._registry.deleted():
-            self._store.delete_run(run_id)
-            self._registry.facts_removed(run_id)
+        if not self._registry.database.shared:
+            # Replicas do it while they run (`deletions.py`).
+            for run_id in self._registry.deleted():
+                self._remove(run_id)
         self._thread.start()
 
     def stop(self) -> None:
@@ -369,8 +370,15 @@ class Ingest:
             with self._writing:
                 self._registry.delete(run_id)
                 self._ledger.forget()
-            self._store.delete_run(run_id)
-            self._registry.facts_removed(run_id)
+            if self._registry.database.shared:
+                # Another replica may have something of it in hand, so it is done again.
+                self._store.delete_run(run_id)
+            else:
+                self._remove(run_id)
+
+    def _remove(self, run_id: str) -> None:
+        self._store.delete_run(run_id)
+        self._registry.facts_removed(run_id)
 
     # The writer thread
 

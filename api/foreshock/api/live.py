@@ -59,6 +59,7 @@ _RETRY_SECONDS: Final = 1.0
 _SWEEP_SECONDS: Final = 1.0
 _MOST_DRAINED: Final = 256
 _LAST_DIAGNOSES_SECONDS: Final = 5.0
+_STORE_SECONDS: Final = 60.0
 
 
 class LiveAnalysis:
@@ -107,12 +108,15 @@ class LiveAnalysis:
         self._parts.scoring.start()
         self._thread.start()
 
-    def stop(self, timeout: float = 10.0) -> None:
+    def stop(self, timeout: float = 5.0) -> None:
         """Stop the thread and keep the risk rows; what was not scored is scored after a restart."""
         self._stop.set()
         self._wake.set()
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             self._thread.join(timeout)
+            if self._thread.is_alive():  # It waits, and neither pipe nor store may close under it.
+                self._parts.scoring.interrupt()
+                self._thread.join(_STORE_SECONDS)
         self._alerts.close()
         self._parts.scoring.stop()
 

@@ -20,6 +20,7 @@ from foreshock.api.alert_mutes import Mute
 from foreshock.api.alert_text import summary_row
 from foreshock.api.channel_apprise import AppriseChannel
 from foreshock.api.channels import AlertmanagerChannel, Channel
+from foreshock.api.deletions import Deletions
 from foreshock.api.delivery import Delivery
 from foreshock.api.diagnosis import Cause
 from foreshock.api.diagnosis_process import DiagnosisProcess
@@ -123,6 +124,8 @@ class LiveService:
             leases=held,
         )
         self._analysis = LiveAnalysis(parts, queue_batches=settings.live_queue_batches)
+        self._deletions = Deletions(registry, store, held, self._analysis.delete)
+        self._shared = registry.database.shared
         self._feed: ReplicaFeed | None = None
         if leases is not None:
             show = partial(publish_stored, store, self.stream)
@@ -151,6 +154,8 @@ class LiveService:
         self._delivery.start()
         self._analysis.start()
         self._roller.start()
+        if self._shared:
+            self._deletions.start()
         if self._feed is not None:
             self._feed.start()
 
@@ -159,6 +164,7 @@ class LiveService:
         self.stream.close()
         self._analysis.stop()
         self._roller.stop()
+        self._deletions.stop()
         self._delivery.stop()
         if self._feed is not None:
             self._feed.stop()

@@ -6,6 +6,7 @@ statistics; those are the store's.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -38,6 +39,7 @@ __all__ = [
     "LaunchRequest",
     "Registry",
     "Run",
+    "announced",
     "metadata",
 ]
 
@@ -46,7 +48,7 @@ MAX_LAYERS: Final = 65_535
 
 
 class LaunchConflict(ValueError):
-    """A launch_id is already known under another run."""
+    """A launch_id is already known under another run of its project."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +135,13 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class LaunchOwner:
-    """The run that a launch belongs to, in what never changes about it."""
+    """The run that a launch belongs to, in what never changes about it.
 
+    `key` is what ledger and attempts call the launch: its id, and more where another project had
+    a launch of that id before.
+    """
+
+    key: str
     run_id: str
     project: str
     name: str
@@ -155,7 +162,7 @@ class Registry:
         self.engine = self.database.engine
         self._lock = threading.RLock()
         self._layer_ids: dict[str, dict[str, int]] = {}
-        self._owners: dict[str, LaunchOwner] = {}
+        self._owners: dict[str, tuple[LaunchOwner, ...]] = {}
         self._numbers: dict[tuple[str, int], int] = {}
         with self.write() as connection:
             metadata.create_all(connection)
@@ -175,15 +182,14 @@ class Registry:
             run_id, attempt number, whether the launch is new.
 
         Raises:
-            LaunchConflict: The launch_id belongs to another run.
+            LaunchConflict: The launch_id belongs to another run of the project.
         """
         now = datetime.now(UTC)
         with self.write() as connection:
             run_id = self._upsert_run(connection, request, now)
+            key = _launch_key(connection, request)
             known = connection.execute(
-                sa.select(launches.c.run_id, launches.c.attempt).where(
-                    launches.c.launch_id == request.launch_id
-                )
+                sa.select(launches.c.run_id, launches.c.attempt).where(launches.c.launch_id == key)
             ).one_or_none()
             if known is not None and known.run_id != run_id:
                 raise LaunchConflict(
@@ -194,10 +200,10 @@ class Registry:
             number = _next_attempt(connection, run_id)
             connection.execute(
                 launches.insert().values(
-                    launch_id=request.launch_id, run_id=run_id, attempt=number, started_at=now
+                    launch_id=key, run_id=run_id, attempt=number, started_at=now
                 )
             )
-            row = {"run_id": run_id, "number": number, "launch_id": request.launch_id, "epoch": 0}
+            row = {"run_id": run_id, "number": number, "launch_id": key, "epoch": 0}
             row |= {"first_step": request.first_step, "parent_launch": request.parent_launch}
             connection.execute(attempts.insert().values(**row, started_at=now))
         if request.layers:
@@ -263,24 +269,39 @@ class Registry:
         with self.engine.begin() as connection:
             return connection.execute(query).scalar_one_or_none()
 
-    def remembered_owner(self, launch_id: str) -> LaunchOwner | None:
-        """As `launch_owner`, from memory alone: None too if it was not asked for before."""
-        return self._owners.get(launch_id)
+    def remembered_owners(self, launch_id: str) -> Sequence[LaunchOwner]:
+        """As `launch_owners`, from memory alone: may be outdated, or empty without a reason."""
+        return self._owners.get(launch_id, ())
 
-    def launch_owner(self, launch_id: str) -> LaunchOwner | None:
-        """The run that a launch belongs to, or None."""
-        if launch_id not in self._owners:
-            query = (
-                sa.select(runs.c.run_id, runs.c.project, runs.c.name)
-                .join(launches, runs.c.run_id == launches.c.run_id)
-                .where(launches.c.launch_id == launch_id)
-            )
-            with self.engine.begin() as connection:
-                row = connection.execute(query).one_or_none()
-            if row is None:
-                return None
-            self._owners[launch_id] = LaunchOwner(row.run_id, row.project, row.name)
-        return self._owners[launch_id]
+    def launch_owners(self, launch_id: str) -> Sequence[LaunchOwner]:
+        """The runs, of different projects, that have a launch of this id; read anew."""
+        named = launches.c.launch_id
+        query = (
+            sa.select(named, runs.c.run_id, runs.c.project, runs.c.name)
+            .join(launches, runs.c.run_id == launches.c.run_id)
+            .where(sa.or_(named == launch_id, named.startswith(f"{launch_id}{_OF}")))
+        )
+        with self.engine.begin() as connection:
+            found = tuple(LaunchOwner(*row) for row in connection.execute(query.order_by(named)))
+        with self._lock:
+            for gone in set(self._owners.get(launch_id, ())) - set(found):
+                # It went by another replica, and the launch may have been announced anew.
+                self._forget_numbers(gone.key)
+            if found:
+                self._owners[launch_id] = found
+            else:
+                self._owners.pop(launch_id, None)
+        return found
+
+    def launch_owner(self, key: str) -> LaunchOwner | None:
+        """The run that a launch of this key belongs to, or None."""
+        launch_id = announced(key)
+        for owners in (self.remembered_owners(launch_id), None):
+            found = self.launch_owners(launch_id) if owners is None else owners
+            for owner in found:
+                if owner.key == key:
+                    return owner
+        return None
 
     def runs(self, project: str | None = None) -> list[Run]:
         """All runs, latest first heard last."""
@@ -326,13 +347,21 @@ class Registry:
             connection.execute(deleted_runs.delete().where(deleted_runs.c.run_id == run_id))
             row = {"run_id": run_id, "deleted_at": datetime.now(UTC)}
             connection.execute(deleted_runs.insert().values(**row))
+        self.forget_run(run_id)
+
+    def forget_run(self, run_id: str) -> None:
+        """Drop what is kept in memory of a run that is deleted."""
         with self._lock:
-            gone = [k for k, owner in self._owners.items() if owner.run_id == run_id]
-            for launch_id in gone:
-                self._owners.pop(launch_id, None)
-            for key in [key for key in self._numbers if key[0] in gone]:
-                self._numbers.pop(key, None)
+            for launch_id, owners in list(self._owners.items()):
+                for owner in owners:
+                    if owner.run_id == run_id:
+                        self._owners.pop(launch_id, None)
+                        self._forget_numbers(owner.key)
             self._layer_ids.pop(run_id, None)
+
+    def _forget_numbers(self, key: str) -> None:
+        for number in [number for number in self._numbers if number[0] == key]:
+            self._numbers.pop(number, None)
 
     def forget(self) -> None:
         """Drop what is kept in memory; it is read again."""
@@ -341,10 +370,11 @@ class Registry:
             self._numbers.clear()
             self._layer_ids.clear()
 
-    def deleted(self) -> list[str]:
-        """Deleted runs whose facts may still be in the store."""
+    def deleted(self) -> dict[str, datetime]:
+        """Deleted runs of which something may still be in the store, and when they were deleted."""
         with self.engine.begin() as connection:
-            return [row.run_id for row in connection.execute(sa.select(deleted_runs))]
+            rows = connection.execute(sa.select(deleted_runs)).all()
+        return {row.run_id: _utc(row.deleted_at) for row in rows}
 
     def facts_removed(self, run_id: str) -> None:
         """Nothing of a deleted run is left."""
@@ -401,6 +431,28 @@ def _stored_layers(connection: sa.Connection, run_id: str) -> dict[str, int]:
     return {row.name: row.layer_id for row in rows}
 
 
+_OF: Final = "@"
+
+
+def announced(key: str) -> str:
+    """The id that a launch's client gave it, from its key."""
+    return key.partition(_OF)[0]
+
+
+def _launch_key(connection: sa.Connection, request: LaunchRequest) -> str:
+    """What a launch is called here: an id means something within its project only."""
+    digest = hashlib.sha256(request.project.encode()).hexdigest()[:16]
+    own = f"{request.launch_id}{_OF}{digest}"
+    query = (
+        sa.select(launches.c.launch_id, runs.c.project)
+        .join(runs, runs.c.run_id == launches.c.run_id)
+        .where(launches.c.launch_id.in_([request.launch_id, own]))
+    )
+    taken = {row.launch_id: row.project for row in connection.execute(query)}
+    plain = taken.get(request.launch_id, request.project) == request.project
+    return request.launch_id if plain and own not in taken else own
+
+
 def _epoch(launch_id: str, epoch: int) -> sa.Select[int]:
     return sa.select(attempts.c.number).where(
         attempts.c.launch_id == launch_id, attempts.c.epoch == epoch
@@ -419,7 +471,7 @@ def _utc(value: datetime) -> datetime:
 def _attempt(row: Any) -> Attempt:
     return Attempt(
         number=row.number,
-        launch_id=row.launch_id,
+        launch_id=announced(row.launch_id),
         epoch=row.epoch,
         first_step=row.first_step,
         last_step=row.last_step,

@@ -36,8 +36,12 @@ class Scoring(Protocol):
         """Make ready."""
         ...
 
+    def interrupt(self) -> None:
+        """Let a `score` under way return soon, without its answers; from any thread."""
+        ...
+
     def stop(self) -> None:
-        """End whatever was started."""
+        """End whatever was started; no `score` is under way."""
         ...
 
     def holds(self, key: RunKey) -> bool:
@@ -66,6 +70,9 @@ class InlineScoring:
 
     def start(self) -> None:
         """Nothing to start."""
+
+    def interrupt(self) -> None:
+        """Nothing to interrupt: it never waits for anybody."""
 
     def stop(self) -> None:
         """Nothing to end."""
@@ -118,8 +125,14 @@ class ScoringWorkers:
         for worker in self._workers:
             worker.process.start()
 
+    def interrupt(self) -> None:
+        """End the processes by force, and start none instead."""
+        self._stopped = True
+        for worker in self._workers:
+            worker.process.interrupt()
+
     def stop(self) -> None:
-        """End the processes; a request in progress is lost."""
+        """End the processes."""
         self._stopped = True
         for worker in self._workers:
             worker.stop()

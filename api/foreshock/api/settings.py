@@ -148,12 +148,7 @@ class Settings:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; allowed: 0 (none) or more")
-        kept = self.rollup_retention_days
-        if kept and (not self.retention_days or kept < self.retention_days):
-            raise SettingsError(
-                f"rollup_retention_days is {kept}: rollups are what is left of records, so that "
-                f"retention_days ({self.retention_days or 'for good'}) may not be longer"
-            )
+        self._check_retention()
         if bool(self.tls_cert) != bool(self.tls_key):
             raise SettingsError("tls_cert and tls_key belong together; one of them is not set")
         try:
@@ -179,6 +174,14 @@ class Settings:
                 raise SettingsError(
                     f"external_labels has {pair!r}; allowed: name=value, as in cluster=a"
                 )
+
+    def _check_retention(self) -> None:
+        kept, records = self.rollup_retention_days, self.retention_days
+        if kept and (not records or kept < records):
+            raise SettingsError(
+                f"rollup_retention_days is {kept}: rollups are what is left of records, so that "
+                f"retention_days ({records or 'for good'}) may not be longer"
+            )
 
     @property
     def store_place(self) -> StorePlace:

@@ -23,7 +23,8 @@ __all__ = ["ProcessLost", "SpawnedProcess", "answer_requests"]
 logger = logging.getLogger(__name__)
 
 _START_SECONDS: Final = 180.0
-_END_SECONDS: Final = 5.0
+# It keeps nothing, and may be loading a model: it need not notice by itself.
+_END_SECONDS: Final = 1.0
 _NICENESS: Final = 5
 
 Answer = Callable[[Any, bytes], Any]
@@ -75,17 +76,26 @@ class SpawnedProcess:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         # A daemon: it may not outlive us, and has no children.
-        self._process = context.Process(
+        process = context.Process(
             target=self._serve, args=(theirs, self._argument), name=self._name, daemon=True
         )
-        self._process.start()
+        process.start()
+        self._process = process
         # Else it would not see that we died.
         theirs.close()
         self._pipe = ours
         self._ready = False
 
+    def interrupt(self) -> None:
+        """End it by force, from any thread; whoever waits for it gets `ProcessLost`."""
+        process = self._process
+        if process is not None:
+            # Closed meanwhile: then it has ended.
+            with suppress(ValueError):
+                process.kill()
+
     def stop(self) -> None:
-        """End it: by closing the pipe, and by force if it does not notice."""
+        """End it, while no other thread uses it: close the pipe, kill it if it does not notice."""
         if self._pipe is not None:
             self._pipe.close()
             self._pipe = None

@@ -46,6 +46,9 @@ class RunRecords:
             if len(steps) >= count or last == end:
                 break
             span *= _WIDEN
+        if not len(steps):
+            # Deleted, or expired, since the first look.
+            return SCHEMA.empty_table()
         return self._store.record_window(run_id, attempt, first, int(steps[:count][-1]))
 
     def newest_records(self, run_id: str, attempt: int, up_to: int, count: int) -> pa.Table:
@@ -66,7 +69,7 @@ class RunRecords:
             if len(steps) >= count or first == begin:
                 break
             span *= _WIDEN
-        return int(steps[-count:][0]) - 1
+        return int(steps[-count:][0]) - 1 if len(steps) else -1
 
     def append_risks(self, groups: Sequence[tuple[str, int, pa.Table]]) -> None:
         """Keep risk rows of several (run_id, attempt)."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Final
 
 from anyio import to_thread
@@ -19,6 +20,7 @@ from foreshock.api.ingest import BatchConflict, Gone, Incoming, Receipt, Refused
 from foreshock.api.ledger import BatchKey
 from foreshock.api.openapi import errors
 from foreshock.api.problems import Problem
+from foreshock.api.registry import LaunchOwner
 from foreshock.api.routes.parameters import ContentEncoding, RunName
 from foreshock.api.schemas import BatchReceipt
 from foreshock.api.services import Services, ServicesDep
@@ -70,9 +72,10 @@ async def put_batch(
     media_type = content_type.split(";")[0].strip().lower()
     if media_type != JSON and media_type not in _ARROW_TYPES:
         raise Problem(415, f"Content-Type {media_type!r} is not read; allowed: {ARROW}, {JSON}")
-    run_id = await _owner(services, run, key)
+    owner = await _owner(services, run, key)
+    key = replace(key, launch_id=owner.key)
     body = await request.body()
-    arrival = _Arrival(run_id, key, body, content_encoding, media_type)
+    arrival = _Arrival(owner.run_id, key, body, content_encoding, media_type)
     answer = await to_thread.run_sync(_take, services, arrival, limiter=services.decoders)
     if isinstance(answer, Receipt):
         receipt = answer
@@ -100,16 +103,26 @@ def _parse_key(batch: str) -> BatchKey:
     return BatchKey(found[1], int(found[2]), int(found[3]))
 
 
-async def _owner(services: Services, run: str, key: BatchKey) -> str:
+async def _owner(services: Services, run: str, key: BatchKey) -> LaunchOwner:
     """The run of a batch's launch, which must be the one in the address."""
-    owner = services.registry.remembered_owner(key.launch_id)
-    if owner is None:
-        owner = await run_in_threadpool(services.registry.launch_owner, key.launch_id)
-    if owner is None or not services.principal.sees(owner.project):
+
+    def seen(owners: Sequence[LaunchOwner]) -> list[LaunchOwner]:
+        return [owner for owner in owners if services.principal.sees(owner.project)]
+
+    def meant(owners: Sequence[LaunchOwner]) -> LaunchOwner | None:
+        return next((owner for owner in owners if run in (owner.run_id, owner.name)), None)
+
+    registry = services.registry
+    owners = seen(registry.remembered_owners(key.launch_id))
+    if meant(owners) is None:
+        # Another replica may have deleted the run, and announced another one.
+        owners = seen(await run_in_threadpool(registry.launch_owners, key.launch_id))
+    if not owners:
         raise Problem(404, f"launch {key.launch_id} is not known; POST /api/v1/runs, then retry")
-    if run not in (owner.run_id, owner.name):
+    owner = meant(owners)
+    if owner is None:
         raise Problem(404, f"launch {key.launch_id} does not belong to run {run!r}")
-    return owner.run_id
+    return owner
 
 
 def _take(services: Services, arrival: _Arrival) -> Receipt | Future[Receipt]:

@@ -100,9 +100,8 @@ def _from_store(run: Run, store: Store) -> RiskAnswer:
     attempt = None if run.current is None else run.current.number
     step = None if attempt is None else store.last_risk_step(run.run_id, attempt)
     if attempt is None or step is None:
-        reasons = {
-            str(horizon): "no record of this run has been scored yet" for horizon in HORIZONS
-        }
+        reason = _why_nothing(run, attempt, store)
+        reasons = {str(horizon): reason for horizon in HORIZONS}
         nothing: dict[str, Number] = {str(horizon): None for horizon in HORIZONS}
         return RiskAnswer(
             step=None, probability=nothing, reasons=reasons, run_id=run.run_id, attempt=attempt
@@ -112,6 +111,19 @@ def _from_store(run: Run, store: Store) -> RiskAnswer:
     return RiskAnswer(
         **risk_document(risk), run_id=run.run_id, attempt=attempt, time=rows[0]["time"]
     )
+
+
+def _why_nothing(run: Run, attempt: int | None, store: Store) -> str:
+    for earlier in reversed(run.attempts):
+        if attempt is None or earlier.last_step is None or earlier.number >= attempt:
+            continue
+        scored = store.last_risk_step(run.run_id, earlier.number)
+        if scored is not None:
+            return (
+                f"no record of attempt {attempt} has been scored yet; attempt {earlier.number} was,"
+                f" up to step {scored}: see risk/history?attempt={earlier.number}"
+            )
+    return "no record of this run has been scored yet"
 
 
 @router.get(

@@ -6,7 +6,7 @@ The store opens in the process that serves (its engine does not survive a fork).
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 
 import pyarrow as pa
@@ -80,6 +80,10 @@ class NoLive:
     def state(self, run_id: str) -> RunState | None:
         """Know nothing."""
         return None
+
+    def states(self) -> Mapping[str, RunState]:
+        """Know nothing."""
+        return {}
 
     def ended(self, run_id: str) -> None:
         """Do nothing."""

@@ -30,6 +30,7 @@ from foreshock.api.live import LiveAnalysis, LiveParts
 from foreshock.api.live_run import Latest
 from foreshock.api.registry import Registry
 from foreshock.api.replica_feed import ReplicaFeed, publish_alerts, publish_stored
+from foreshock.api.risk_notes import NotedRecords
 from foreshock.api.rolling import Roller
 from foreshock.api.scoring import Scorer, ShippedScorers
 from foreshock.api.scoring_workers import InlineScoring, Scoring, ScoringWorkers
@@ -38,7 +39,7 @@ from foreshock.api.silence import RunState, SilenceSettings, SilenceWatch
 from foreshock.api.store import Store
 from foreshock.api.store_url import ServersPlace
 from foreshock.api.stream import EventStream
-from foreshock.api.windows import DIAGNOSIS_RECORDS, RunRecords
+from foreshock.api.windows import DIAGNOSIS_RECORDS
 
 __all__ = ["LiveService", "alert_channels"]
 
@@ -89,7 +90,7 @@ class LiveService:
     ) -> None:
         channels = alert_channels(settings)
         self.page = settings.public_url or None
-        self._records = RunRecords(store)
+        self._records = NotedRecords(registry, store)
         self.new_scorer = new_scorer or ShippedScorers()
         self._diagnosis = DiagnosisProcess()
         self._watch = SilenceWatch(
@@ -181,6 +182,10 @@ class LiveService:
     def state(self, run_id: str) -> RunState | None:
         """What a run is doing; None if it was not heard of for hours."""
         return self._watch.state(run_id, time.time())
+
+    def states(self) -> Mapping[str, RunState]:
+        """What the runs that are watched are doing."""
+        return self._watch.states(time.time())
 
     def ended(self, run_id: str) -> None:
         """Somebody says that a run is over."""

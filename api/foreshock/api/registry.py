@@ -6,7 +6,6 @@ statistics; those are the store's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import threading
@@ -21,6 +20,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from foreshock.api.database import Database
+from foreshock.api.launch_keys import announced, key_for, keys_of
 from foreshock.api.registry_tables import (
     attempts,
     batches,
@@ -29,6 +29,7 @@ from foreshock.api.registry_tables import (
     layers,
     metadata,
     run_ends,
+    run_risks,
     runs,
 )
 
@@ -39,8 +40,9 @@ __all__ = [
     "LaunchRequest",
     "Registry",
     "Run",
-    "announced",
+    "attempt_of",
     "metadata",
+    "utc",
 ]
 
 _RUN_ID: Final = re.compile(r"[0-9a-f]{32}")
@@ -187,7 +189,7 @@ class Registry:
         now = datetime.now(UTC)
         with self.write() as connection:
             run_id = self._upsert_run(connection, request, now)
-            key = _launch_key(connection, request)
+            key = key_for(connection, request.project, request.launch_id)
             known = connection.execute(
                 sa.select(launches.c.run_id, launches.c.attempt).where(launches.c.launch_id == key)
             ).one_or_none()
@@ -279,7 +281,7 @@ class Registry:
         query = (
             sa.select(named, runs.c.run_id, runs.c.project, runs.c.name)
             .join(launches, runs.c.run_id == launches.c.run_id)
-            .where(sa.or_(named == launch_id, named.startswith(f"{launch_id}{_OF}")))
+            .where(keys_of(launch_id))
         )
         with self.engine.begin() as connection:
             found = tuple(LaunchOwner(*row) for row in connection.execute(query.order_by(named)))
@@ -312,7 +314,7 @@ class Registry:
             rows = connection.execute(query).all()
             found: dict[str, list[Attempt]] = {}
             for row in connection.execute(sa.select(attempts).order_by(attempts.c.number)):
-                found.setdefault(row.run_id, []).append(_attempt(row))
+                found.setdefault(row.run_id, []).append(attempt_of(row))
             ends = {row.run_id: row for row in connection.execute(sa.select(run_ends))}
         return [_run(row, found.get(row.run_id, ()), ends.get(row.run_id)) for row in rows]
 
@@ -326,7 +328,7 @@ class Registry:
             found = connection.execute(query.order_by(attempts.c.number)).all()
             ends = sa.select(run_ends).where(run_ends.c.run_id == run_id)
             end = connection.execute(ends).one_or_none()
-        return _run(row, [_attempt(item) for item in found], end)
+        return _run(row, [attempt_of(item) for item in found], end)
 
     def end_run(self, run_id: str, attempt: int, step: int) -> None:
         """Note that a run said it is over; a later record takes it back."""
@@ -342,7 +344,7 @@ class Registry:
         Its facts become unreachable with it; `deleted` names them until they are removed.
         """
         with self.write() as connection:
-            for table in (batches, layers, attempts, launches, run_ends, runs):
+            for table in (batches, layers, attempts, launches, run_ends, run_risks, runs):
                 connection.execute(table.delete().where(table.c.run_id == run_id))
             connection.execute(deleted_runs.delete().where(deleted_runs.c.run_id == run_id))
             row = {"run_id": run_id, "deleted_at": datetime.now(UTC)}
@@ -374,7 +376,7 @@ class Registry:
         """Deleted runs of which something may still be in the store, and when they were deleted."""
         with self.engine.begin() as connection:
             rows = connection.execute(sa.select(deleted_runs)).all()
-        return {row.run_id: _utc(row.deleted_at) for row in rows}
+        return {row.run_id: utc(row.deleted_at) for row in rows}
 
     def facts_removed(self, run_id: str) -> None:
         """Nothing of a deleted run is left."""
@@ -431,28 +433,6 @@ def _stored_layers(connection: sa.Connection, run_id: str) -> dict[str, int]:
     return {row.name: row.layer_id for row in rows}
 
 
-_OF: Final = "@"
-
-
-def announced(key: str) -> str:
-    """The id that a launch's client gave it, from its key."""
-    return key.partition(_OF)[0]
-
-
-def _launch_key(connection: sa.Connection, request: LaunchRequest) -> str:
-    """What a launch is called here: an id means something within its project only."""
-    digest = hashlib.sha256(request.project.encode()).hexdigest()[:16]
-    own = f"{request.launch_id}{_OF}{digest}"
-    query = (
-        sa.select(launches.c.launch_id, runs.c.project)
-        .join(runs, runs.c.run_id == launches.c.run_id)
-        .where(launches.c.launch_id.in_([request.launch_id, own]))
-    )
-    taken = {row.launch_id: row.project for row in connection.execute(query)}
-    plain = taken.get(request.launch_id, request.project) == request.project
-    return request.launch_id if plain and own not in taken else own
-
-
 def _epoch(launch_id: str, epoch: int) -> sa.Select[int]:
     return sa.select(attempts.c.number).where(
         attempts.c.launch_id == launch_id, attempts.c.epoch == epoch
@@ -464,20 +444,22 @@ def _next_attempt(connection: sa.Connection, run_id: str) -> int:
     return int(connection.execute(query).scalar() or 0) + 1
 
 
-def _utc(value: datetime) -> datetime:
+def utc(value: datetime) -> datetime:
+    """A time of the database, which may have lost its zone."""
     return value.replace(tzinfo=UTC) if value.tzinfo is None else value
 
 
-def _attempt(row: Any) -> Attempt:
+def attempt_of(row: Any) -> Attempt:
+    """An attempt from its row."""
     return Attempt(
         number=row.number,
         launch_id=announced(row.launch_id),
         epoch=row.epoch,
         first_step=row.first_step,
         last_step=row.last_step,
-        started_at=_utc(row.started_at),
+        started_at=utc(row.started_at),
         parent_launch=row.parent_launch,
-        last_received=_utc(row.last_received) if row.last_received else None,
+        last_received=utc(row.last_received) if row.last_received else None,
         last_loss=None if row.last_loss is None else float(row.last_loss),
     )
 
@@ -487,7 +469,7 @@ def _run(row: Any, found: Sequence[Attempt], end: Any = None) -> Run:
         run_id=row.run_id,
         project=row.project,
         name=row.name,
-        created_at=_utc(row.created_at),
+        created_at=utc(row.created_at),
         layers=tuple(json.loads(row.layers)),
         config=json.loads(row.config),
         tokens_per_step=row.tokens_per_step,

@@ -20,6 +20,7 @@ __all__ = [
     "metadata",
     "replicas",
     "run_ends",
+    "run_risks",
     "runs",
     "writes",
 ]
@@ -76,6 +77,19 @@ run_ends: Final = sa.Table(
     sa.Column("step", sa.BigInteger, nullable=False),
     sa.Column("ended_at", _TIME, nullable=False),
 )
+
+run_risks: Final = sa.Table(
+    "run_risks",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("runs.run_id"), primary_key=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("kind", sa.String(16)),
+    sa.Column("worst", sa.Double, nullable=False),
+    sa.Column("probability", sa.Text, nullable=False),
+)
+"""The newest risk of each run (`risk_notes.py`)."""
 
 deleted_runs: Final = sa.Table(
     "deleted_runs",

@@ -6,6 +6,7 @@ Made in `app.py`, kept in the application's state; knows no route.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Protocol
 
@@ -51,6 +52,9 @@ class Live(CommitListener, Protocol):
 
     def state(self, run_id: str) -> RunState | None:
         """What a run is doing, or None."""
+
+    def states(self) -> Mapping[str, RunState]:
+        """What the runs that are watched are doing."""
 
     def ended(self, run_id: str) -> None:
         """Somebody says that a run is over."""

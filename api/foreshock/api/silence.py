@@ -172,6 +172,13 @@ class SilenceWatch:
                 return "finished"
             return "stale" if now - run.received > run.limit(self._settings) else "live"
 
+    def states(self, now: float) -> dict[str, RunState]:
+        """What every watched run is doing."""
+        with self._lock:
+            run_ids = list(self._runs)
+        found = {run_id: self.state(run_id, now) for run_id in run_ids}
+        return {run_id: state for run_id, state in found.items() if state is not None}
+
     def skew(self, run_id: str) -> float | None:
         """Seconds that a run's clock seems to be behind the service's; negative: ahead.
 

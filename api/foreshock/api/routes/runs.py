@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Query, Response
@@ -12,8 +13,9 @@ from foreshock.api.openapi import errors
 from foreshock.api.paging import PageDep
 from foreshock.api.problems import Problem
 from foreshock.api.registry import Attempt, LaunchConflict, LaunchRequest, Run
+from foreshock.api.risk_notes import notes_of
 from foreshock.api.routes.parameters import Project, RunName
-from foreshock.api.run_list import RunFilter, RunOrder, page_of
+from foreshock.api.run_list import LIVE_FOR, ListedRun, RunFilter, RunOrder, list_page
 from foreshock.api.schemas import (
     AttemptBody,
     LaunchAnswer,
@@ -24,13 +26,12 @@ from foreshock.api.schemas import (
     number,
 )
 from foreshock.api.services import Services, ServicesDep, find_run
-from foreshock.monitor.record import HORIZONS, STATISTICS
+from foreshock.monitor.record import HORIZONS, STATISTICS, AlertState, RiskKind
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["runs"])
 
-_LIVE_FOR: Final = timedelta(minutes=2)
 _ID_LENGTH: Final = 32
 
 
@@ -91,8 +92,12 @@ class RunQuery:
             RunOrder, Query(description="Newest, A to Z or riskiest first.")
         ] = "last_heard",
     ) -> None:
-        self.filter = RunFilter(status=status, state=state, prefix=name)
+        self._filter = RunFilter(status=status, state=state, prefix=name)
         self.order = order
+
+    def within(self, projects: frozenset[str] | None) -> RunFilter:
+        """The filter, kept to these projects; None = all."""
+        return replace(self._filter, projects=projects)
 
 
 @router.get("/runs", dependencies=[READ])
@@ -110,11 +115,20 @@ def list_runs(
     name nothing is shown twice or missed, whatever comes in meanwhile; last_heard and risk are
     rankings that change while they are read.
     """
-    runs = [run for run in services.registry.runs(project) if services.principal.sees(run.project)]
-    found = [(run, _summary(services, run)) for run in runs]
-    rows = [row for row in found if wanted.filter.takes(row)]
-    shown, more = page_of(rows, wanted.order, page.limit, page.cursor)
-    return RunList(runs=[RunBody(**summary) for _, summary in shown], next=page.more(more))
+    projects = services.principal.projects
+    if project is not None:
+        projects = frozenset({project} if services.principal.sees(project) else ())
+    listed, more = list_page(
+        services.registry,
+        wanted.within(projects),
+        wanted.order,
+        page.limit,
+        page.cursor,
+        states=services.live.states(),
+        now=datetime.now(UTC),
+    )
+    shown = [RunBody(**_summary(services, each)) for each in listed]
+    return RunList(runs=shown, next=page.more(more))
 
 
 @router.get("/runs/{run}", dependencies=[READ])
@@ -122,8 +136,10 @@ def get_run(run: RunName, services: ServicesDep, project: Project = "default") -
     """One run, by run_id, or by name within a project."""
     found = find_run(services, run, project)
     kinds = services.store.tensor_kinds(found.run_id)
+    with services.registry.engine.begin() as connection:
+        note = notes_of(connection, [found.run_id]).get(found.run_id)
     return RunDetail(
-        **_summary(services, found),
+        **_summary(services, ListedRun(found, note)),
         tokens_per_step=found.tokens_per_step,
         world_size=found.world_size,
         config=dict(found.config),
@@ -136,10 +152,8 @@ def get_run(run: RunName, services: ServicesDep, project: Project = "default") -
     )
 
 
-def _summary(services: Services, run: Run) -> dict[str, Any]:
-    current = run.current
-    latest = services.live.latest(run.run_id)
-    risk = latest.risk if latest else None
+def _summary(services: Services, listed: ListedRun) -> dict[str, Any]:
+    run, current = listed.run, listed.run.current
     received = current.last_received if current else None
     return {
         "run_id": run.run_id,
@@ -154,10 +168,25 @@ def _summary(services: Services, run: Run) -> dict[str, Any]:
         "created_at": run.created_at,
         "last_received": received,
         "loss": number(current.last_loss) if current else None,
-        "state": risk.state if risk else None,
-        "kind": risk.kind if risk else None,
-        "risk": {str(h): number(risk.probability.get(h)) for h in HORIZONS} if risk else None,
+        **_risk(services, listed),
     }
+
+
+def _risk(services: Services, listed: ListedRun) -> dict[str, Any]:
+    """The newest risk: from memory, or as another replica or an earlier process noted it."""
+    latest = services.live.latest(listed.run.run_id)
+    note, current = listed.risk, listed.run.current
+    if latest is not None:
+        risk = latest.risk
+        state: AlertState | None = risk.state
+        kind: RiskKind | None = risk.kind
+        probability = {str(horizon): p for horizon, p in risk.probability.items()}
+    elif note is not None and current is not None and note.attempt == current.number:
+        state, kind, probability = note.state, note.kind, dict(note.probability)
+    else:
+        return {"state": None, "kind": None, "risk": None}
+    shown = {str(horizon): number(probability.get(str(horizon))) for horizon in HORIZONS}
+    return {"state": state, "kind": kind, "risk": shown}
 
 
 def _status(services: Services, run: Run) -> str:
@@ -167,7 +196,7 @@ def _status(services: Services, run: Run) -> str:
     if run.finished:
         return "finished"
     # Not watched: it was silent for hours, or this service only stores.
-    lately = datetime.now(UTC) - received < _LIVE_FOR
+    lately = datetime.now(UTC) - received < LIVE_FOR
     return services.live.state(run.run_id) or ("live" if lately else "stale")
 
 

@@ -22,7 +22,7 @@ def prometheus_config(
     *,
     target: str = "api:8420",
     rule_files: Sequence[str] = ("rules/*.yml",),
-    token_file: str | None = "/tmp/foreshock-token",
+    token_file: str | None = "/etc/foreshock/token",
     alertmanager: str | None = "alertmanager:9093",
     scrape_interval: str = SCRAPE_INTERVAL,
 ) -> dict[str, Any]:

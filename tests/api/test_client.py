@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from docs.openapi import document
 
+from foreshock.api.paging import write_cursor
 from foreshock.monitor import Client
 from foreshock.monitor.client import ClientError, InvalidRequest, NotFound
-from foreshock.monitor.record import records_to_table, table_to_records
+from foreshock.monitor.record import Event, records_to_table, table_to_records
 from tests.api.live_helpers import record, wait_until
 from tests.api.service import Service, new_launch
 
@@ -67,6 +69,63 @@ def test_runs(client: Client) -> None:
     assert [attempt.last_step for attempt in detail.history] == [STEPS + 2]
     with pytest.raises(NotFound, match="no run 'absent'"):
         client.run("absent")
+
+
+KINDS = ("checkpoint", "nonfinite", "checkpoint")
+TOLD = [
+    *((step, kind) for step in (0, 1) for kind in KINDS),
+    (2, "restart"),
+    *((3, kind) for kind in KINDS),
+]
+
+
+@pytest.fixture
+def eventful(client: Client) -> Iterator[str]:
+    """A run whose second attempt took its place at step 2."""
+    first, second = new_launch(), new_launch()
+    run = client.announce("eventful", first).run_id
+    told = [
+        replace(record(step, 2.0), events=tuple(Event(kind, detail=f"{step}") for kind in KINDS))
+        for step in range(4)
+    ]
+    client.put_batch(run, f"{first}-0-0", told)
+    client.announce("eventful", second, first_step=2)
+    later = replace(record(2, 2.0), events=(Event("restart", rank=3, layer=LAYER),))
+    client.put_batch(run, f"{second}-0-0", [later])
+    yield run
+    client.delete(run)
+
+
+def test_recorded_events(client: Client, eventful: str) -> None:
+    everything = client.recorded_events("eventful")
+    assert [(event.step, event.kind) for event in everything] == TOLD
+    restart = everything[6]
+    assert (restart.rank, restart.layer, restart.detail) == (3, LAYER, None)
+    assert client.recorded_events("eventful", limit=4) == everything[:4]
+    checkpoints = client.recorded_events("eventful", kind="checkpoint", first_step=1, attempt=1)
+    assert [event.step for event in checkpoints] == [1, 1, 2, 2, 3, 3]
+    with pytest.raises(NotFound):
+        client.recorded_events(eventful, attempt=9)
+
+
+def test_recorded_events_a_page_at_a_time(client: Client, eventful: str) -> None:
+    found: list[dict[str, Any]] = []
+    cursor = None
+    path = f"api/v1/runs/{eventful}/events/recorded"
+    while True:
+        # A record's events are split between pages.
+        page = client._http.ask("GET", path, query={"limit": 2, "cursor": cursor})
+        found += page.json()["events"]
+        cursor = page.json()["next"]
+        if cursor is None:
+            break
+        assert "cursor=" in page.headers["link"]
+    assert [(event["step"], event["kind"]) for event in found] == TOLD
+    for wrong in ("bm8", write_cursor("alerts", 1, 2)):
+        with pytest.raises(InvalidRequest):
+            client._http.ask("GET", path, query={"cursor": wrong})
+    far = client._http.ask("GET", path, query={"cursor": write_cursor("recorded", 10**40, 0)})
+    assert far.json() == {"events": [], "next": None}
 
 
 def test_series_and_heatmap(client: Client) -> None:

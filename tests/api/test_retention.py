@@ -53,7 +53,9 @@ def clickhouse(tmp_path: Path) -> Iterator[ClickHouseStore]:
 def remove(store: Store, table: str, where: str) -> None:
     """Rows of a table, as retention drops them."""
     if isinstance(store, ClickHouseStore):
-        store._derived.command(f"ALTER TABLE {table} DELETE WHERE {where} SETTINGS mutations_sync=2")
+        store._derived.command(
+            f"ALTER TABLE {table} DELETE WHERE {where} SETTINGS mutations_sync=2"
+        )
     else:
         assert isinstance(store, SqliteStore)
         store._writer.execute(f"DELETE FROM {table} WHERE {where}")

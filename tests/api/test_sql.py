@@ -59,6 +59,7 @@ PARTS: dict[str, set[str]] = {
         "rows",
         "table",
         "where",
+        "view_sql(view, 'events')",
         "which",
         "worst",
     },
@@ -83,6 +84,7 @@ PARTS: dict[str, set[str]] = {
         "what",
     },
     "store_sqlite_query.py": {
+        "newest_sql(view, 'events', columns)",
         "', '.join(columns)",
         "NAN",
         "_FINITE",

@@ -191,9 +191,22 @@ def assert_alike(twins: Twins, run: str, ask: Ask) -> None:
         assert one.chunks(view) == two.chunks(view)
         for read in ("step_window", "scalar_rows", "event_rows", "tensor_rows"):
             assert plain(getattr(one, read)(view)) == plain(getattr(two, read)(view)), read
+        for kind in (None, "checkpoint"):
+            pages = [list(paged(store, view, kind)) for store in (one, two)]
+            assert pages[0] == pages[1]
+            events = [e for e in plain(one.event_rows(view)) if kind in (None, e["kind"])]
+            assert [{k: v for k, v in e.items() if k != "position"} for e in pages[0]] == events
         window = (run, attempt, first, last)
         assert plain(one.record_window(*window)) == plain(two.record_window(*window))
         assert_summaries_alike(twins, view, ask)
+
+
+def paged(store: Store, view: View, kind: str | None) -> Iterator[dict[str, Any]]:
+    """Events, two at a time."""
+    after = (-1, 0)
+    while page := store.event_page(view, kind, after, 2).to_pylist():
+        yield from page
+        after = page[-1]["step"], page[-1]["position"]
 
 
 def assert_summaries_alike(twins: Twins, view: View, ask: Ask) -> None:

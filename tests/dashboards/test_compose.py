@@ -80,8 +80,13 @@ def test_configs_name_the_services_of_the_file() -> None:
     prometheus = yaml.safe_load((ROOT / "dashboards/prometheus/prometheus.yml").read_text())
     scrape = prometheus["scrape_configs"][0]
     assert scrape["static_configs"][0]["targets"] == ["api:8420"]
-    script = SERVICES["prometheus"]["entrypoint"][2]
-    assert scrape["authorization"]["credentials_file"] in script
+    mounts = [each.split(":")[:2] for each in SERVICES["prometheus"]["volumes"]]
+    token = Path(scrape["authorization"]["credentials_file"])
+    # The token of Grafana, which may read and nothing else.
+    assert ["grafana-token", str(token.parent)] in mounts
+    assert Path(SERVICES["grafana-token"]["environment"]["TOKEN_FILE"]).name == token.name
+    assert "grafana-token" in SERVICES["prometheus"]["depends_on"]
+    assert "FORESHOCK_TOKEN" not in str(SERVICES["prometheus"])
     sources = yaml.safe_load(
         (ROOT / "dashboards/grafana/provisioning/datasources/foreshock.yaml").read_text()
     )

@@ -294,6 +294,22 @@ class Store(Protocol):
         """`step` and the columns of an event, by step and position."""
         ...
 
+    def event_page(
+        self, view: View, kind: str | None, after: tuple[int, int], limit: int
+    ) -> pa.Table:
+        """The first `limit` events of a view behind a step and position, in their order.
+
+        Args:
+            view: The records.
+            kind: Only events of this kind; None for all.
+            after: Step and position in the step; (-1, 0) for the beginning.
+            limit: Most events.
+
+        Returns:
+            step, position and the columns of an event.
+        """
+        ...
+
     def tensor_rows(self, view: View) -> pa.Table:
         """`step` and `STORED_TENSOR_FIELDS`, by step and layer in stored order."""
         ...

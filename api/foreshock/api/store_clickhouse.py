@@ -31,6 +31,7 @@ from foreshock.api.store_answers import risk_rows, with_layer_names
 from foreshock.api.store_engine import Engine
 from foreshock.api.store_query import (
     bounds_sql,
+    event_page_sql,
     heatmap_sql,
     scalar_series_sql,
     tensor_series_sql,
@@ -310,6 +311,14 @@ class ClickHouseStore(RolledReads):
             " LIMIT 1 BY step, position"
         )
         return self._engine.read(sql, view.parameters)
+
+    def event_page(
+        self, view: View, kind: str | None, after: tuple[int, int], limit: int
+    ) -> pa.Table:
+        """The first `limit` events of a view behind a step and position; see `Store`."""
+        values = view.parameters | {"after_step": after[0], "after_position": after[1]}
+        values |= {"limit": limit} | ({} if kind is None else {"kind": kind})
+        return self._engine.read(event_page_sql(view, kind_given=kind is not None), values)
 
     def tensor_rows(self, view: View) -> pa.Table:
         """`step` and `STORED_TENSOR_FIELDS`, by step and layer in stored order."""

@@ -15,6 +15,7 @@ from foreshock.monitor.record import STATISTICS
 __all__ = [
     "SINCE",
     "bounds_sql",
+    "event_page_sql",
     "heatmap_sql",
     "scalar_series_sql",
     "tensor_series_sql",
@@ -60,6 +61,18 @@ def view_sql(view: View, table: str) -> str:
             f" WHERE {_STEPS} GROUP BY step)"
         )
     return f"FROM {table} WHERE {where}"
+
+
+def event_page_sql(view: View, *, kind_given: bool) -> str:
+    """Events behind a place; placeholders of the view, after_step, after_position, limit, kind."""
+    which = " WHERE kind = {kind:String}" if kind_given else ""
+    return (
+        "SELECT * FROM (SELECT step, position, kind, micro_batch, layer, role, rank, detail"
+        f" {view_sql(view, 'events')}"
+        " AND (step, position) > ({after_step:Int64}, {after_position:Int64})"
+        f" ORDER BY step, position, ver DESC LIMIT 1 BY step, position){which}"
+        " ORDER BY step, position LIMIT {limit:UInt32}"
+    )
 
 
 def _checked(statistic: str) -> str:

@@ -212,6 +212,12 @@ class ShardedStore(Store):
         """See `Store`."""
         return self._of(view.run_id).event_rows(view)
 
+    def event_page(
+        self, view: View, kind: str | None, after: tuple[int, int], limit: int
+    ) -> pa.Table:
+        """See `Store`."""
+        return self._of(view.run_id).event_page(view, kind, after, limit)
+
     def tensor_rows(self, view: View) -> pa.Table:
         """See `Store`."""
         return self._of(view.run_id).tensor_rows(view)

@@ -41,6 +41,7 @@ from foreshock.api.store_schema import (
 )
 from foreshock.api.store_sqlite_query import (
     bounds_sql,
+    event_page_sql,
     heatmap_sql,
     newest_sql,
     scalar_series_sql,
@@ -81,6 +82,7 @@ _STEPS: Final = pa.schema(
 )
 _SCALARS: Final = pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
 _EVENTS: Final = pa.schema([pa.field("step", pa.int64()), *EVENT_TYPE])
+_PLACED_EVENTS: Final = _EVENTS.insert(1, pa.field("position", pa.int64()))
 _TENSORS: Final = pa.schema(
     [
         pa.field("step", pa.int64()),
@@ -349,6 +351,15 @@ class SqliteStore(RolledReads):
     def event_rows(self, view: View) -> pa.Table:
         """`step` and the columns of an event, by step and position."""
         return self._rows(view, "events", _EVENTS)
+
+    def event_page(
+        self, view: View, kind: str | None, after: tuple[int, int], limit: int
+    ) -> pa.Table:
+        """The first `limit` events of a view behind a step and position; see `Store`."""
+        values = view.parameters | {"after_step": after[0], "after_position": after[1]}
+        values |= {"limit": limit, "kind": kind}
+        sql = event_page_sql(view, _PLACED_EVENTS.names, kind_given=kind is not None)
+        return table_of(self._read(sql, values), _PLACED_EVENTS)
 
     def tensor_rows(self, view: View) -> pa.Table:
         """`step` and `STORED_TENSOR_FIELDS`, by step and layer in stored order."""

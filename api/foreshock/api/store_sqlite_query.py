@@ -15,7 +15,14 @@ from foreshock.api.store_sqlite_schema import COLUMNS, KEYS
 from foreshock.api.store_sqlite_values import NAN
 from foreshock.monitor.record import STATISTICS
 
-__all__ = ["bounds_sql", "heatmap_sql", "newest_sql", "scalar_series_sql", "tensor_series_sql"]
+__all__ = [
+    "bounds_sql",
+    "event_page_sql",
+    "heatmap_sql",
+    "newest_sql",
+    "scalar_series_sql",
+    "tensor_series_sql",
+]
 
 _STEPS: Final = "run_id = :run AND step BETWEEN :first AND :last"
 
@@ -32,6 +39,16 @@ def _picked(view: View) -> str:
     if view.attempt is not None:
         return f"SELECT DISTINCT step, attempt FROM steps WHERE {_STEPS} AND attempt = :attempt"
     return f"SELECT step, max(attempt) AS attempt FROM steps WHERE {_STEPS} GROUP BY step"
+
+
+def event_page_sql(view: View, columns: Sequence[str], *, kind_given: bool) -> str:
+    """Events behind a place; placeholders of the view, after_step, after_position, limit, kind."""
+    which = " AND kind = :kind" if kind_given else ""
+    return (
+        f"SELECT {', '.join(columns)} FROM ({newest_sql(view, 'events', columns)})"
+        f" WHERE (step, position) > (:after_step, :after_position){which}"
+        " ORDER BY step, position LIMIT :limit"
+    )
 
 
 def newest_sql(view: View, table: str, columns: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "Launch",
     "Mute",
     "Receipt",
+    "RecordedEvent",
     "RiskHistory",
     "RunDetail",
     "RunRisk",
@@ -431,6 +432,24 @@ class Alert:
         }
         names = [name for name in cls.__dataclass_fields__ if name not in converted]
         return cls(**{name: body.get(name) for name in names}, **converted)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedEvent:
+    """One event of a run's records; None where it says nothing."""
+
+    step: int
+    kind: str
+    micro_batch: int | None
+    layer: str | None
+    role: str | None
+    rank: int | None
+    detail: str | None
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> RecordedEvent:
+        """From JSON."""
+        return cls(**{name: body.get(name) for name in cls.__dataclass_fields__})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from foreshock.monitor.client.answers import (
     Heatmap,
     Launch,
     Receipt,
+    RecordedEvent,
     RiskHistory,
     RunDetail,
     RunRisk,
@@ -389,6 +390,22 @@ class Client(InsightCalls):
         body = {"correct": correct, "note": note}
         path = f"api/v1/alerts/{alert_id}/feedback"
         return Alert.read(self._http.ask("POST", path, json=body).json())
+
+    @operation("list_recorded_events")
+    def recorded_events(
+        self, run: str, *, kind: str | None = None, limit: int | None = None, **query: Any
+    ) -> list[RecordedEvent]:
+        """Events that the records of a run tell of, oldest first.
+
+        Args:
+            run: run_id, or the name.
+            kind: Only these, e.g. checkpoint.
+            limit: At most so many; None for all.
+            query: first_step, last_step, attempt.
+        """
+        given = {"project": self.project, "kind": kind, **query}
+        found = self._pages(path_of(run, "/events/recorded"), "events", given, limit)
+        return [RecordedEvent.read(item) for item in found]
 
     @operation("stream_run_events")
     def run_events(

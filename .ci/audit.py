@@ -36,6 +36,8 @@ def verdict(report: Mapping[str, Any]) -> tuple[int, list[str]]:
     ]
     vulnerable = bool(lines)
     lines.append(f"pip-audit: {len(asked)} packages looked up, {len(lines)} known vulnerabilities")
+    if not asked and not skipped:
+        lines.append(not_done("the report names no package"))
     if skipped:
         shown = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
         lines.append(not_done(f"the service had nothing on {len(skipped)} packages ({shown})"))

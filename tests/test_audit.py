@@ -33,6 +33,7 @@ ABSENT = {"name": "c", "skip_reason": "Dependency not found"}
         ([GOOD], 0, "1 packages looked up, 0 known", "NOT DONE"),
         ([GOOD, BAD], 1, "b 2: CVE-2026-1, fixed in 2.1", "NOT DONE"),
         ([GOOD, ABSENT], 0, "NOT DONE: the service had nothing on 1 packages (c)", "CVE"),
+        ([], 0, "NOT DONE: the report names no package", "CVE"),
         ([ABSENT], 0, "0 packages looked up", "CVE"),
         ([BAD, ABSENT], 1, "NOT DONE", "no version"),
     ],

@@ -23,6 +23,8 @@ from foreshock.api.settings import Settings, SettingsError
 from tests.api.live_helpers import SUBJECT, content, risk
 from tests.api.postgres import Postgres, running_postgres
 from tests.api.service import Service, make_records, new_launch, post_run, put_records
+from tests.api.test_paging import ORDERS
+from tests.api.test_paging import World as ListWorld
 
 pytestmark = pytest.mark.debian
 
@@ -99,6 +101,27 @@ def test_tokens_sessions_and_the_audit_log_live_in_postgresql_too(postgres: Post
     assert entries[0].at.tzinfo is not None
     one.close()
     two.close()
+
+
+def test_runs_are_listed_from_postgresql_too(postgres: Postgres) -> None:
+    world = ListWorld(Registry(sa.make_url(postgres.new_database())))
+    ids = [
+        world.add(f"run-{n}", age=n, heard=n if n % 2 else None, worst=n / 8 if n % 3 else None)
+        for n in range(6)
+    ]
+    world.registry.end_run(ids[1], 1, 9)
+    for order in ORDERS:
+        seen = world.walk(order, 2)
+        assert sorted(seen) == sorted(ids)
+        assert seen == world.walk(order, 100)
+    assert world.walk("created", 2) == ids
+    assert world.walk("risk", 2)[0] == ids[5]
+    assert world.walk("name", 2, status="new") == [ids[0], ids[2], ids[4]]
+    assert world.walk("name", 2, status="finished") == [ids[1]]
+    world.states[ids[3]] = "stale"
+    assert world.walk("name", 2, status="stale", prefix="run-") == [ids[3]]
+    assert world.walk("name", 2, status="live", projects=frozenset({"p"})) == [ids[5]]
+    world.registry.close()
 
 
 def test_names_are_held_against_everybody(postgres: Postgres) -> None:

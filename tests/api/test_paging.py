@@ -249,7 +249,10 @@ def test_no_cursor_of_a_stranger_is_taken(text: str) -> None:
     assert refused.value.status == 422
 
 
-@pytest.mark.parametrize("key", [(), (1,), ("a", "b"), (True, "a"), (1, 2), (1.5, "a"), ([1], "a")])
+@pytest.mark.parametrize(
+    "key",
+    [(), (1,), ("a", "b"), (1, "\x00"), (1, "\ud800"), (True, "a"), (1, 2), (1.5, "a"), ([1], "a")],
+)
 def test_a_cursor_of_another_list_is_not_taken(key: tuple[Any, ...]) -> None:
     with pytest.raises(Problem):
         read_cursor(write_cursor("runs-created", *key), "runs-created", int, str)

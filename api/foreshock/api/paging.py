@@ -81,6 +81,9 @@ def read_cursor(cursor: str, kind: str, *types: type | tuple[type, ...]) -> tupl
 
 
 def _fits(value: object, wanted: type | tuple[type, ...]) -> bool:
+    if isinstance(value, str) and not (value.isascii() and value.isprintable()):
+        # No name is like that, and not every database takes it.
+        return False
     return isinstance(value, wanted) and not isinstance(value, bool)
 
 

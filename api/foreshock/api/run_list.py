@@ -196,7 +196,9 @@ def _after(order: RunOrder, key: tuple[Any, ...]) -> sa.ColumnElement[bool]:
             *(sa.literal(part) for part in key)
         )
     value: Any = -key[0]
-    if order != "risk":
+    if order == "risk":
+        value = max(-2.0, min(2.0, value))
+    else:
         value = sa.literal(_EPOCH + timedelta(microseconds=_bounded(value)), runs.c.created_at.type)
     column = _falling(order)
     return sa.or_(column < value, sa.and_(column == value, runs.c.run_id > key[1]))

@@ -26,11 +26,11 @@ class RecordedEvent(BaseModel):
 
     step: int
     kind: str = Field(description="E.g. nonfinite, checkpoint, rollback, data_switch, end.")
-    micro_batch: int | None
-    layer: str | None
-    role: str | None
-    rank: int | None
-    detail: str | None
+    micro_batch: int | None = None
+    layer: str | None = None
+    role: str | None = None
+    rank: int | None = None
+    detail: str | None = None
 
 
 class RecordedEvents(BaseModel):

@@ -58,8 +58,7 @@ _TICK_SECONDS: Final = 0.2
 _RETRY_SECONDS: Final = 1.0
 _SWEEP_SECONDS: Final = 1.0
 _MOST_DRAINED: Final = 256
-_LAST_DIAGNOSES_SECONDS: Final = 5.0
-_STORE_SECONDS: Final = 60.0
+_LAST_DIAGNOSES_SECONDS, _STORE_SECONDS = 5.0, 60.0
 
 
 class LiveAnalysis:
@@ -112,11 +111,10 @@ class LiveAnalysis:
         """Stop the thread and keep the risk rows; what was not scored is scored after a restart."""
         self._stop.set()
         self._wake.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
+        for seconds in (timeout, _STORE_SECONDS) if self._thread.ident is not None else ():
+            self._thread.join(seconds)
             if self._thread.is_alive():  # It waits, and neither pipe nor store may close under it.
                 self._parts.scoring.interrupt()
-                self._thread.join(_STORE_SECONDS)
         self._alerts.close()
         self._parts.scoring.stop()
 
@@ -269,8 +267,7 @@ class LiveAnalysis:
             for key in [key for key in self._runs if key[0] in lost]:
                 del self._runs[key]
                 self._parts.scoring.forget(key)
-        for key in [key for key in self._unsaved if key[0] in lost]:
-            del self._unsaved[key]
+        self._unsaved = {k: risks for k, risks in self._unsaved.items() if k[0] not in lost}
         for run_id, done in gone:
             self._alerts.forget(run_id)
             self._silence.forget(run_id)

@@ -395,14 +395,7 @@ class Client(InsightCalls):
     def recorded_events(
         self, run: str, *, kind: str | None = None, limit: int | None = None, **query: Any
     ) -> list[RecordedEvent]:
-        """Events that the records of a run tell of, oldest first.
-
-        Args:
-            run: run_id, or the name.
-            kind: Only these, e.g. checkpoint.
-            limit: At most so many; None for all.
-            query: first_step, last_step, attempt.
-        """
+        """Events that the records of a run tell of, oldest first; query as for `records`."""
         given = {"project": self.project, "kind": kind, **query}
         found = self._pages(path_of(run, "/events/recorded"), "events", given, limit)
         return [RecordedEvent.read(item) for item in found]

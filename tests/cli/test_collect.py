@@ -12,7 +12,7 @@ import pytest
 from tests.api.service import RelayProcess, Service
 from tests.api.test_collect_relay import numbers, stored
 from tests.monitor.parallel import STEPS, inputs
-from tests.monitor.test_ranks import run
+from tests.monitor.rank_checks import run
 
 TOKEN = "a-token-that-is-long-enough"
 

@@ -104,7 +104,7 @@ def test_steps_between_two_measurements_are_no_gaps_but_a_pause_is(client: Clien
     (mesh,) = (made for made in figure.axes[1].collections if isinstance(made, QuadMesh))
     array = mesh.get_array()
     assert array is not None
-    edges = mesh.get_coordinates()[0, :, 0]
+    edges = np.asarray(mesh.get_coordinates())[0, :, 0]
     grey = np.ma.getmaskarray(array).all(axis=0)
     assert edges[:-1][~grey].tolist() == sorted(measured)
     # Where every fourth step was measured, nothing from step 12 to 23 is a pause.

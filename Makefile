@@ -72,9 +72,9 @@ dashboards: setup-dev
 docs: setup-dev
 	$(BIN)/python -m docs.openapi
 
-# The documentation, into build/site; a warning is an error. Needs no network, and neither do its pages.
+# The documentation, into build/site; a warning is an error (with --quiet it would not be). Needs no network.
 site: setup-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis foreshock-spool

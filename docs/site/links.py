@@ -29,7 +29,7 @@ WRITTEN: Final = ("reference/cli.md", "reference/http.md")
 """Pages of the site that are made while it is built."""
 
 _BACK: Final = {page: path for path, page in BROUGHT.items() if path != "README.md"}
-_LINK: Final = re.compile(r"(?<!!)\[([^\]\n]+)\]\((?!https?:|#|mailto:)([^)\s#]*)(#[^)\s]*)?\)")
+_LINK: Final = re.compile(r"(!?)\[([^\]\n]+)\]\((?!https?:|#|mailto:)([^)\s#]*)(#[^)\s]*)?\)")
 _FENCE: Final = re.compile(r"^(```.*?^```)$", re.MULTILINE | re.DOTALL)
 
 
@@ -49,7 +49,7 @@ def site_uri(path: str) -> str | None:
 
 
 def rewrite(text: str, page: str) -> str:
-    """Links of a page, made for the repository, as links of the site.
+    """Links and pictures of a page, made for the repository, as those of the site.
 
     What the site does not have keeps its words and loses its link.
 
@@ -66,10 +66,12 @@ def _rewriter(page: str) -> Callable[[re.Match[str]], str]:
     path = repository_path(page)
 
     def replaced(link: re.Match[str]) -> str:
-        words, target, anchor = link[1], link[2], link[3] or ""
+        mark, words, target, anchor = link[1], link[2], link[3], link[4] or ""
         there = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
         if (uri := site_uri(there)) is not None:
-            return f"[{words}]({posixpath.relpath(uri, posixpath.dirname(page) or '.')}{anchor})"
+            return (
+                f"{mark}[{words}]({posixpath.relpath(uri, posixpath.dirname(page) or '.')}{anchor})"
+            )
         if not (ROOT / there).exists():
             raise ValueError(f"{path} links to {target}, which is not in the repository")
         return words

@@ -335,11 +335,10 @@ def test_an_alertmanager_that_is_away(tmp_path: Path) -> None:
 
 
 def test_a_damaged_forecaster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Path(artifact_module.__file__).parent / "artifacts"
-    shutil.copytree(folder, tmp_path / "artifacts")
+    shutil.copytree(artifact_module.SHIPPED, tmp_path / "artifacts")
     model = tmp_path / "artifacts" / "forecaster.skops"
     model.write_bytes(model.read_bytes()[:1000])
-    monkeypatch.setattr(artifact_module, "__file__", str(tmp_path / "artifact.py"))
+    monkeypatch.setattr(artifact_module, "SHIPPED", tmp_path / "artifacts")
     (found,) = findings_of("forecaster", check_serving({"FORESHOCK_DATA": str(tmp_path)}))
     assert (found.verdict, "cannot be loaded" in found.text) == ("wrong", True)
 

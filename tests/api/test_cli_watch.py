@@ -87,6 +87,7 @@ def lost(client: Client) -> str:
         job = Job(client, "lost")
         job.send(*(full(step, 4.0 - 0.02 * step) for step in range(STEPS)))
         job.send(full(STEPS, math.nan))
+        wait_until(lambda: bool(client.alerts("lost")), 60)
     return "lost"
 
 
@@ -182,7 +183,14 @@ def started(service: Service, run: str, *, terminal: bool) -> Iterator[Program]:
     if terminal:
         theirs, ours = ours, theirs
     environment = os.environ | {"COLUMNS": "110", "LINES": "40", "TERM": "xterm"}
-    process = subprocess.Popen(given, stdin=subprocess.DEVNULL, stdout=theirs, env=environment)
+    process = subprocess.Popen(
+        given,
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        env=environment,
+        # A shell starts what runs in its background deaf to Ctrl-C, and programs inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(theirs)
     try:
         yield Program(process, ours)

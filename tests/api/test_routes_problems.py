@@ -87,8 +87,8 @@ def failing(error: Exception) -> object:
 def test_what_nobody_foresaw_is_a_problem_without_its_reason(
     inside: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry = inside.app.state.services.registry  # type: ignore[attr-defined]
-    monkeypatch.setattr(registry, "runs", failing(KeyError("a secret place")))
+    live = inside.app.state.services.live  # type: ignore[attr-defined]
+    monkeypatch.setattr(live, "states", failing(KeyError("a secret place")))
     response = inside.get("/api/v1/runs")
     assert (response.status_code, response.headers["content-type"]) == (
         500,
@@ -103,7 +103,8 @@ def test_a_store_that_fails_is_503_and_not_ready(
 ) -> None:
     launch = new_launch()
     run = inside.post("/api/v1/runs", json={"run": "a", "launch_id": launch}).json()["run_id"]
-    monkeypatch.setattr(ClickHouseStore, "bounds", failing(error))
+    for read in ("bounds", "scalar_series"):
+        monkeypatch.setattr(ClickHouseStore, read, failing(error))
     response = inside.get(f"/api/v1/runs/{run}/series?name=loss")
     assert response.status_code == 503
     assert response.headers["retry-after"]

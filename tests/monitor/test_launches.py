@@ -41,7 +41,9 @@ class Kernel:
         self.started: list[tuple[tuple[int, int, int], tuple[Any, ...]]] = []
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        def launch(*arguments: Any, num_warps: int = 4, **constants: Any) -> Compiled:
+        def launch(
+            *arguments: Any, num_warps: int = 4, maxnreg: int | None = None, **constants: Any
+        ) -> Compiled:
             given = self.names[: len(arguments)] + list(constants)
             assert given == self.names, "every argument stands at its place"
             self.started.append((grid, addresses((*arguments, *constants.values()))))

@@ -15,9 +15,11 @@ import pytest
 from foreshock.api.alert_log import AlertLog
 from foreshock.api.diagnosis import Cause
 from foreshock.api.exposition import ServiceTally
+from foreshock.api.leases import Leases, SoleReplica
 from foreshock.api.live import LiveAnalysis, LiveParts
 from foreshock.api.live_run import HOLD_SECONDS, RunAnalysis
 from foreshock.api.registry import LaunchRequest, Registry
+from foreshock.api.scoring import Scored, ScoringTask
 from foreshock.api.scoring_workers import InlineScoring, Scoring
 from foreshock.api.silence import SilenceWatch
 from foreshock.api.store import StoreUnreachable
@@ -75,6 +77,29 @@ class MemoryStore:
         return max(self.risks.get((run_id, attempt), {}), default=None)
 
 
+class Lapsing(SoleReplica):
+    """A lease that is out when it is asked for once, and back at the next look."""
+
+    out = False
+
+    def holds(self, name: str) -> bool:
+        held, self.out = not self.out, False
+        return held
+
+
+class Slow(InlineScoring):
+    """Takes so long over the second of its chunks that the lease runs out."""
+
+    leases: Lapsing
+    chunks = 0
+
+    def score(self, tasks: Sequence[ScoringTask]) -> list[Scored]:
+        answers = super().score(tasks)
+        self.chunks += 1
+        self.leases.out = self.chunks == 2
+        return answers
+
+
 class World:
     """A registry with one run, a store, and the analyses that come and go on top of them."""
 
@@ -90,6 +115,7 @@ class World:
         self.run_id, _, _ = self.registry.launch(request)
         self.log = AlertLog(self.registry)
         self.watch = SilenceWatch()
+        self.leases: Leases = SoleReplica()
 
     def new_scorer(self) -> ScriptedScorer:
         self.scorers.append(ScriptedScorer(fail_at=self.fail_at))
@@ -112,6 +138,7 @@ class World:
             watch=self.watch,
             diagnose=lambda *where: self.diagnose(*where),
             alerted=lambda: None,
+            leases=self.leases,
         )
         return LiveAnalysis(parts, queue_batches=queue_batches, idle_seconds=idle_seconds)
 
@@ -358,6 +385,22 @@ def test_a_lost_shard_holds_back_only_its_own_risks(world: World, live: LiveAnal
     for run_id in (other, world.run_id):
         # Kept once: three horizons a step.
         assert [len(row) for row in world.store.probabilities(run_id).values()] == [3] * 5
+
+
+def test_what_was_scored_while_the_lease_was_out_is_scored_again(world: World) -> None:
+    world.leases = leases = Lapsing()
+    scoring = Slow(world.new_scorer)
+    scoring.leases = leases
+    live = world.analysis(scoring=scoring)
+    live.start()
+    for first in (0, 8, 16):
+        world.send(live, table_of(range(first, first + 8)))
+        wait_until(lambda: scoring.chunks > 0)
+        wait_until(lambda: live.idle)
+    wait_until(lambda: sorted(world.risks()) == list(range(24)))
+    live.stop()
+    # A scorer that had seen a step would not have been shown it again.
+    assert world.seen == list(range(24))
 
 
 def test_a_new_attempt_has_its_own_scorer_and_ends_the_alerts_of_the_old(

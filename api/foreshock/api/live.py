@@ -405,16 +405,15 @@ class LiveAnalysis:
         by_key = {answer.key: answer for answer in answers}
         for run, table in chosen:
             run.served = time.monotonic()
-            if not self._parts.leases.holds(run.key[0]):
-                # It took so long that another replica has the run now.
-                continue
-            answer = by_key.get(run.key)
-            if answer is None:
-                # Lost with its worker: the store has the records, the run a state to go on from.
-                self._parts.tally.add("foreshock_analysis_errors_total")
-                self._fail(run.key)
-            else:
+            held, answer = self._parts.leases.holds(run.key[0]), by_key.get(run.key)
+            if held and answer is not None:
                 self._take(run, table, answer)
+                continue
+            # Lost with its worker, or the lease ran out meanwhile and may be back at the next look:
+            # the store has the records, the run a state to go on from.
+            self._parts.tally.add("foreshock_analysis_errors_total", int(held))
+            self._parts.scoring.forget(run.key)
+            self._fail(run.key)
 
     def _take(self, run: RunAnalysis, table: pa.Table, answer: Scored) -> None:
         run.scored(table, answer)

@@ -16,6 +16,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_there_twice(tmp_path: Path)
     assert tally.acknowledged > 3
 
 
+@pytest.mark.long
 def test_a_sqlite_store_loses_nothing_either(tmp_path: Path) -> None:
     store = f"sqlite://{tmp_path}/facts.sqlite"
     tally = kill_and_count(tmp_path, kills=1, seed=8, store_url=store)

@@ -166,6 +166,7 @@ def wait_until_scored(service: Service, registry: Registry, logs: list[Log]) -> 
             time.sleep(0.2)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_lost_replica_loses_nothing_and_doubles_nothing(
     postgres: Postgres, front: Front, tmp_path: Path

@@ -42,6 +42,8 @@ from tests.dashboards.service import Service, running_service
 from tests.dashboards.synthetic import SyntheticRun, by_hand
 
 pytestmark = [
+    # Two minutes, most of which a real run takes to go bad.
+    pytest.mark.long,
     pytest.mark.debian,
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed"),
 ]

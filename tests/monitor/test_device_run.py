@@ -14,6 +14,7 @@ from benchmarks import device_run
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_a_dry_run_says_what_failed_and_goes_on(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.device_run", "benchmarks", "--device", "cpu", "--tiny"],

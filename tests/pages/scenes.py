@@ -183,17 +183,19 @@ def _certificate(stage: Stage, folder: Path) -> None:
 
 
 SCENES: Final[Mapping[str, Scene]] = {
-    "README.md": Scene(_readme, MODEL),
+    "README.md": Scene(_readme, MODEL, long=True),
     "api/README.md": Scene(_service, default_url=True, long=True),
     "monitor/README.md": Scene(before=MODEL),
     "trainer/README.md": Scene(long=True),
-    "docs/tutorial.md": Scene(),
+    "docs/tutorial.md": Scene(long=True),
     "docs/client.md": Scene(served=True),
     "docs/import-compare.md": Scene(_imports, served=True, long=True),
     "docs/deploy.md": Scene(_compose),
-    "docs/security.md": Scene(_certificate),
+    "docs/security.md": Scene(_certificate, long=True),
     "docs/how-to/docker-compose.md": Scene(
-        _compose, stand_in="FORESHOCK_TOKEN=$(cut -d = -f 2 .env) foreshock serve --data ./data"
+        _compose,
+        stand_in="FORESHOCK_TOKEN=$(cut -d = -f 2 .env) foreshock serve --data ./data",
+        long=True,
     ),
     "docs/how-to/clickhouse.md": Scene(
         other="old:8420", clickhouse="foreshock:secret@clickhouse:8123", long=True
@@ -201,6 +203,6 @@ SCENES: Final[Mapping[str, Scene]] = {
     "docs/how-to/alert-route.md": Scene(_route),
     "docs/how-to/act-on-a-risk.md": Scene(served=True),
     "docs/how-to/heatmap.md": Scene(served=True),
-    "docs/how-to/doctor.md": Scene(served=True),
+    "docs/how-to/doctor.md": Scene(served=True, long=True),
 }
 """Every page that has something to run."""

@@ -147,9 +147,12 @@ def test_the_rule_fires_too_and_it_stays_one_alert(chain: Chain) -> None:
 
 def test_a_run_that_sends_nothing_any_more_joins_its_group(chain: Chain) -> None:
     wait("the silence", lambda: notified(chain, "TrainingRunSilent"))
-    (group,) = {body["groupKey"] for body in chain.manager.notified("people") if about_run(body)}
+    # On a slow machine the run may also be told to be slow, which is for information and apart.
+    told = [body for body in chain.manager.notified("people") if about_run(body)]
+    told = [body for body in told if body["commonLabels"].get("severity") != "info"]
+    (group,) = {body["groupKey"] for body in told}
     assert f'run="{RUN}"' in group
-    last = [body for body in chain.manager.notified("people") if about_run(body)][-1]
+    last = told[-1]
     names = [alert["labels"]["alertname"] for alert in last["alerts"]]
     assert sorted(names) == sorted(set(names))
     assert {LOST, "TrainingRunSilent"} <= set(names)

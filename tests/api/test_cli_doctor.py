@@ -19,12 +19,12 @@ from typing import Any
 import httpx
 import pytest
 
-import foreshock.api.artifact as artifact_module
 from foreshock.api.cli.checkup.disk import check_disk_of, check_spool
 from foreshock.api.cli.checkup.findings import Finding
 from foreshock.api.cli.checkup.machine import check_machine, judge_torch
 from foreshock.api.cli.checkup.service import check_service
 from foreshock.api.cli.checkup.serving import check_prometheus, check_serving
+from foreshock.api.model_card import SHIPPED
 from foreshock.monitor import Client
 from foreshock.monitor.record import records_to_table
 from foreshock.monitor.spool import Outbox, Spool
@@ -335,10 +335,10 @@ def test_an_alertmanager_that_is_away(tmp_path: Path) -> None:
 
 
 def test_a_damaged_forecaster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(artifact_module.SHIPPED, tmp_path / "artifacts")
+    shutil.copytree(SHIPPED, tmp_path / "artifacts")
     model = tmp_path / "artifacts" / "forecaster.skops"
     model.write_bytes(model.read_bytes()[:1000])
-    monkeypatch.setattr(artifact_module, "SHIPPED", tmp_path / "artifacts")
+    monkeypatch.setattr("foreshock.api.artifact.SHIPPED", tmp_path / "artifacts")
     (found,) = findings_of("forecaster", check_serving({"FORESHOCK_DATA": str(tmp_path)}))
     assert (found.verdict, "cannot be loaded" in found.text) == ("wrong", True)
 

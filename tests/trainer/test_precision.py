@@ -11,7 +11,13 @@ from torch import Tensor
 from foreshock.monitor.formats import FORMATS
 from foreshock.monitor.operands import QuantizedGemm
 from foreshock.trainer.config import PrecisionConfig
-from foreshock.trainer.precision import Fp8Linear, Scaling, gemm_linear, quantize
+from foreshock.trainer.precision import (
+    Fp8Linear,
+    Scaling,
+    attention_core,
+    gemm_linear,
+    quantize,
+)
 from foreshock.trainer.precision.gemm import gemm, gemm_in_float32
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -277,3 +283,19 @@ def test_printed_model_shows_the_recipe() -> None:
     assert "e4m3, delayed, history=7" in text
     assert "e5m2" in text
     assert "8, 8, bf16" in text
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_plain_attention_is_torchs_own_with_each_key_head_repeated(key_heads: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(3, 4, 8, 16)
+    k, v = torch.randn(2, 3, key_heads, 8, 16)
+    core = attention_core(scale=0.3, precision=[DELAYED])
+    repeated = (t.repeat_interleave(4 // key_heads, 1) for t in (k, v))
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q, *repeated, is_causal=True, scale=0.3
+    )
+    ours = core(q, k, v)
+    if key_heads == 4:
+        assert torch.equal(ours, exact)
+    torch.testing.assert_close(ours, exact)

@@ -1,8 +1,7 @@
 """What blocks are made of: linear layers, norms, rotary positions, causal attention.
 
 Shape letters: lead = () for one model or (E,) for a stack of E models, B sequences, T tokens,
-D residual width, H heads, K head width. Activations between GEMMs are float32. Attention's two
-products run in float32, not in FP8.
+D residual width, H heads, K head width. Activations between GEMMs are float32.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from foreshock.trainer.blocks.fused import rms_norm, unit_rms
 from foreshock.trainer.config import PrecisionConfig
-from foreshock.trainer.precision import GemmLinear, gemm_linear
+from foreshock.trainer.precision import AttentionCore, GemmLinear, attention_core, gemm_linear
 
 __all__ = ["Attention", "Parts", "RMSNorm", "rotary_turns"]
 
@@ -37,6 +35,14 @@ class Parts:
     def linear(self, in_features: int, out_features: int) -> GemmLinear:
         """A linear layer without bias, its weight not yet initialised."""
         return gemm_linear(in_features, out_features, precision=self.precision, lead=self.lead)
+
+    def attention_core(self, *, scale: float) -> AttentionCore:
+        """Attention's two products, after the rotation; grouped key and value heads allowed.
+
+        Args:
+            scale: Factor of q k^T before the softmax.
+        """
+        return attention_core(scale=scale, precision=self.precision, lead=self.lead)
 
     def norm(self, width: int, initial_gain: float = 1.0) -> RMSNorm:
         """An RMSNorm with a learnable gain per feature."""
@@ -77,7 +83,7 @@ class Attention(nn.Module):
     """Causal self-attention over all heads, without bias.
 
     Args:
-        parts: Makes the two linear layers, `qkv` and `out`.
+        parts: Makes the two linear layers, `qkv` and `out`, and what is between them, `core`.
         width: D.
         heads: H.
         scale: Factor of q k^T before the softmax.
@@ -88,8 +94,9 @@ class Attention(nn.Module):
         self, parts: Parts, *, width: int, heads: int, scale: float, normalise_heads: bool
     ) -> None:
         super().__init__()
-        self.heads, self.scale, self.normalise_heads = heads, scale, normalise_heads
+        self.heads, self.normalise_heads = heads, normalise_heads
         self.qkv = parts.linear(width, 3 * width)
+        self.core = parts.attention_core(scale=scale)
         self.out = parts.linear(width, width)
 
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
@@ -101,8 +108,6 @@ class Attention(nn.Module):
         if self.normalise_heads:
             qk = unit_rms(qk)
         q, k = rotate(qk, turns).transpose(1, 2).chunk(2, dim=1)
-        mixed = functional.scaled_dot_product_attention(
-            q, k, v.transpose(1, 2), is_causal=True, scale=self.scale
-        )
+        mixed = self.core(q, k, v.transpose(1, 2))
         y: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
         return y

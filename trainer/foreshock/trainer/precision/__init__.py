@@ -3,6 +3,11 @@
 Knows neither blocks nor the training loop; a loop sets faults on the layers, step by step.
 """
 
+from foreshock.trainer.precision.attention import (
+    AttentionCore,
+    PlainAttention,
+    attention_core,
+)
 from foreshock.trainer.precision.cast import GEMM_DTYPE, quantize, saturating_cast
 from foreshock.trainer.precision.layer_faults import LayerFaults
 from foreshock.trainer.precision.linear import (
@@ -15,11 +20,14 @@ from foreshock.trainer.precision.scaling import Scaling, tensor_amax
 
 __all__ = [
     "GEMM_DTYPE",
+    "AttentionCore",
     "Bf16Linear",
     "Fp8Linear",
     "GemmLinear",
     "LayerFaults",
+    "PlainAttention",
     "Scaling",
+    "attention_core",
     "gemm_linear",
     "quantize",
     "saturating_cast",

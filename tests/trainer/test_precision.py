@@ -291,9 +291,9 @@ def test_plain_attention_is_torchs_own_with_each_key_head_repeated(key_heads: in
     q = torch.randn(3, 4, 8, 16)
     k, v = torch.randn(2, 3, key_heads, 8, 16)
     core = attention_core(scale=0.3, precision=[DELAYED])
-    repeated = (t.repeat_interleave(4 // key_heads, 1) for t in (k, v))
+    keys, values = (t.repeat_interleave(4 // key_heads, 1) for t in (k, v))
     exact = torch.nn.functional.scaled_dot_product_attention(
-        q, *repeated, is_causal=True, scale=0.3
+        q, keys, values, is_causal=True, scale=0.3
     )
     ours = core(q, k, v)
     if key_heads == 4:

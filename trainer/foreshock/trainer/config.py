@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Final, Literal, TypeVar
 
 from foreshock.trainer.faults import Fault
 
@@ -24,10 +24,22 @@ __all__ = [
 
 Architecture = Literal["llama3", "fog_max"]
 
+T = TypeVar("T")
+_LATER: Final = "later"
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def later(default: T) -> T:
+    """A field that came after the first runs: left out of fingerprints while at its default.
+
+    So runs keep the fingerprint under which a forecaster was fitted and checkpoints were written.
+    """
+    made: T = field(default=default, metadata={_LATER: True})
+    return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,11 +199,23 @@ class RunConfig:
         Numbers count to nine digits: exp and log differ in the last bit between processors, and
         so would a recipe's learning rate.
         """
-        values = asdict(self)
+        values = _identifying(self)
         del values["name"]
         values["fault_kind"] = None if self.fault is None else type(self.fault).__name__
         text = json.dumps(_rounded(values), sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _identifying(config: object) -> dict[str, object]:
+    """As `asdict`, without the fields made by `later` that stand at their default."""
+    assert is_dataclass(config)
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    kept = {
+        f.name: values[f.name]
+        for f in fields(config)
+        if not (f.metadata.get(_LATER) and values[f.name] == f.default)
+    }
+    return {n: _identifying(v) if is_dataclass(v) else v for n, v in kept.items()}
 
 
 def _rounded(value: object) -> object:

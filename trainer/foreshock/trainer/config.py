@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar, get_args
 
 from foreshock.trainer.faults import Fault
 
@@ -22,7 +22,18 @@ __all__ = [
     "ScheduleConfig",
 ]
 
-Architecture = Literal["llama3", "fog_max"]
+Architecture = Literal[
+    "llama3",
+    "llama3_smooth_swiglu",
+    "llama3_smooth_swiglu_token",
+    "olmo2",
+    "op",
+    "fog_max",
+    "fog_opt",
+    "fog_flash",
+    "fog_swiglu",
+    "fog_moe",
+]
 
 T = TypeVar("T")
 _LATER: Final = "later"
@@ -47,7 +58,7 @@ class ModelConfig:
     """A decoder language model.
 
     Attributes:
-        architecture: Which block; equations in `blocks/`.
+        architecture: Which blocks; what each is made of stands in `blocks/architectures.py`.
         width: Residual width d.
         layers: Number of blocks L.
         heads: Attention heads; width must divide by them.
@@ -55,6 +66,13 @@ class ModelConfig:
         ffn_width: Hidden width of a gated feed-forward; 0 takes 8/3 width, rounded up to 16.
             Non-gated ones (FOG) get x1.5 of it, so that parameter counts agree.
         init_std: Standard deviation of weights at initialisation.
+        kv_heads: Key and value heads, each read by heads / kv_heads query heads; 0 takes as many
+            as query heads.
+        tied: One matrix for embedding and language model head.
+        experts: Feed-forwards of fog_moe, each of the size that fog_max has; 0 takes 4.
+        experts_per_token: How many of them each token goes through.
+        balance: Weight of the load-balancing loss in fog_moe's gradient; the loss that is
+            reported is without it.
     """
 
     architecture: Architecture = "llama3"
@@ -64,8 +82,18 @@ class ModelConfig:
     vocabulary: int = 256
     ffn_width: int = 0
     init_std: float = 0.02
+    kv_heads: int = later(0)
+    tied: bool = later(False)
+    experts: int = later(0)
+    experts_per_token: int = later(2)
+    balance: float = later(0.01)
 
     def __post_init__(self) -> None:
+        known = get_args(Architecture)
+        _require(
+            self.architecture in known,
+            f"architecture is {self.architecture!r}; allowed: {', '.join(known)}",
+        )
         _require(self.layers > 0, f"layers is {self.layers}; allowed: 1 or more")
         _require(
             self.heads > 0 and self.width % (2 * self.heads) == 0,
@@ -73,11 +101,48 @@ class ModelConfig:
         )
         _require(self.vocabulary > 1, f"vocabulary is {self.vocabulary}; allowed: 2 or more")
         _require(self.init_std > 0, f"init_std is {self.init_std}; allowed: above 0")
+        _require(
+            self.kv_heads >= 0 and self.heads % self.key_heads == 0,
+            f"kv_heads is {self.kv_heads}; allowed: divisors of heads {self.heads}, 0 for as many",
+        )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        _require(
+            self.experts == 0 or (self.architecture == "fog_moe" and self.experts > 1),
+            f"experts is {self.experts} for {self.architecture}; allowed: 2 or more for fog_moe, "
+            "0 elsewhere",
+        )
+        _require(
+            0 < self.experts_per_token <= self.num_experts,
+            f"experts_per_token is {self.experts_per_token}; allowed: 1 to {self.num_experts}",
+        )
+        _require(self.balance >= 0, f"balance is {self.balance}; allowed: 0 or more")
+
+    @property
+    def head_width(self) -> int:
+        """Features of one head."""
+        return self.width // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key heads, and of value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def num_experts(self) -> int:
+        """Feed-forwards of a mixture of experts."""
+        return self.experts or 4
 
     @property
     def gated_ffn_width(self) -> int:
         """Hidden width of a gated feed-forward."""
         return self.ffn_width or -(-8 * self.width // 3 // 16) * 16
+
+    @property
+    def plain_ffn_width(self) -> int:
+        """Hidden width of a feed-forward without a gate: as many weights as a gated one."""
+        return self.gated_ffn_width * 3 // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The decoder language model, for one run or for a stack of runs that train as one.
 
 Holds no training state but the FP8 scales in its layers' buffers. Embeddings and the language
-model head are float32 and untied.
+model head are float32.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foreshock.trainer.blocks.fog import FogMaxBlock
+from foreshock.trainer.blocks import ARCHITECTURES, Experts, Parts, RMSNorm, rotary_turns
 from foreshock.trainer.blocks.fused import cross_entropy
-from foreshock.trainer.blocks.llama import LlamaBlock
-from foreshock.trainer.blocks.parts import Parts, RMSNorm, rotary_turns
 from foreshock.trainer.config import ModelConfig, PrecisionConfig
 from foreshock.trainer.faults import Fault
 from foreshock.trainer.precision import GemmLinear, LayerFaults
@@ -30,7 +28,7 @@ class Decoder(nn.Module):
     Initial weights come from torch's global generator: N(0, init_std^2) for all matrices.
 
     Args:
-        config: Sizes and block.
+        config: Sizes and architecture.
         precision: Recipe of the blocks' GEMMs; for a stack one per model.
         lead: () for one model, (E,) for a stack of E models of the same sizes.
     """
@@ -48,18 +46,17 @@ class Decoder(nn.Module):
             raise ValueError(f"{len(recipes)} recipes for {math.prod(lead)} models")
         self.config, self.lead = config, lead
         parts = Parts(recipes, lead)
-        block = {"llama3": LlamaBlock, "fog_max": FogMaxBlock}[config.architecture]
+        anatomy = ARCHITECTURES[config.architecture]
         self.embedding = nn.Parameter(torch.empty(*lead, config.vocabulary, config.width))
-        self.blocks = nn.ModuleList(block(parts, config) for _ in range(config.layers))
-        self.norm: RMSNorm | None = None
-        if config.architecture == "llama3":
-            self.norm = parts.norm(config.width)
-        self.head = nn.Parameter(torch.empty(*lead, config.vocabulary, config.width))
-        # FOG: embeddings of unit variance, so that the residual stream needs no norm.
-        self._multiplier = 1 / config.init_std if config.architecture == "fog_max" else 1.0
+        self.blocks = nn.ModuleList(anatomy.block(parts, config) for _ in range(config.layers))
+        self.norm: RMSNorm | None = parts.norm(config.width) if anatomy.final_norm else None
+        self.head: nn.Parameter | None = None
+        if not config.tied:
+            self.head = nn.Parameter(torch.empty(*lead, config.vocabulary, config.width))
+        self._multiplier = 1 / config.init_std if anatomy.unit_embeddings else 1.0
         self._faults: LayerFaults | None = None
         with torch.no_grad():
-            for parameter in (self.embedding, *self._matrices(), self.head):
+            for parameter in self._matrices():
                 parameter.normal_(std=config.init_std)
 
     def linears(self) -> dict[str, GemmLinear]:
@@ -67,7 +64,10 @@ class Decoder(nn.Module):
         return {n: m for n, m in self.named_modules() if isinstance(m, GemmLinear)}
 
     def _matrices(self) -> list[nn.Parameter]:
-        return [linear.weight for linear in self.linears().values()]
+        """In the order in which they draw their initial values."""
+        axes = 2 + len(self.lead)
+        inside = [p for p in self.blocks.parameters() if p.dim() == axes]
+        return [self.embedding, *inside, *([] if self.head is None else [self.head])]
 
     def begin_step(self, step: int, fault: Fault | Sequence[Fault | None] | None) -> None:
         """Let faults act on the layers at this step; call it before each forward of training.
@@ -96,20 +96,36 @@ class Decoder(nn.Module):
             Without targets logits, float32 (*lead, B, T, vocabulary); with targets the mean
             cross-entropy in nats per token, float32 of shape lead.
         """
-        head_width = self.config.width // self.config.heads
-        turns = rotary_turns(tokens.shape[-1], head_width, tokens.device)
+        turns = rotary_turns(tokens.shape[-1], self.config.head_width, tokens.device)
         x = self._embed(tokens)
         for block in self.blocks:
             x = block(x, turns)
         if self.norm is not None:
             x = self.norm(x)
         flat = x.reshape(*self.lead, -1, self.config.width)
-        logits = flat @ self.head.transpose(-1, -2)
+        head = self.embedding if self.head is None else self.head
+        logits = flat @ head.transpose(-1, -2)
         if targets is None:
             return logits.view(*tokens.shape, self.config.vocabulary)
         rows = logits.view(-1, self.config.vocabulary)
         losses = cross_entropy(rows, targets.reshape(-1))
-        return losses.view(*self.lead, -1).mean(-1)
+        return self._balanced(losses.view(*self.lead, -1).mean(-1))
+
+    def _balanced(self, loss: Tensor) -> Tensor:
+        """The same loss, with the load-balancing loss of experts in its gradient alone."""
+        for module in self.modules():
+            if isinstance(module, Experts) and module.balance is not None:
+                balance = self.config.balance * module.balance
+                loss = loss + (balance - balance.detach())
+        return loss
+
+    def extra_repr(self) -> str:
+        """What stands outside the blocks, for the audit that `print(model)` is."""
+        config = self.config
+        head = "tied head" if config.tied else "head"
+        outside = f"embedding and {head} {config.vocabulary} x {config.width} in float32"
+        scaled = "" if self._multiplier == 1.0 else f", embeddings times {self._multiplier:g}"
+        return f"{config.architecture}, {outside}{scaled}"
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.lead:

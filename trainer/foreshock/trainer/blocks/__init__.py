@@ -3,16 +3,22 @@
 A block knows no recipe and no fault: `Parts` hands it the layers it is made of.
 """
 
-from foreshock.trainer.blocks.fog import XIELU, FogMaxBlock
-from foreshock.trainer.blocks.llama import LlamaBlock
-from foreshock.trainer.blocks.parts import Attention, Parts, RMSNorm, rotary_turns
+from foreshock.trainer.blocks.architectures import ARCHITECTURES, Anatomy
+from foreshock.trainer.blocks.attention import Attention, bounded_scale, rotary_turns
+from foreshock.trainer.blocks.experts import Experts
+from foreshock.trainer.blocks.layers import Block
+from foreshock.trainer.blocks.mlp import XIELU
+from foreshock.trainer.blocks.parts import Parts, RMSNorm
 
 __all__ = [
+    "ARCHITECTURES",
     "XIELU",
+    "Anatomy",
     "Attention",
-    "FogMaxBlock",
-    "LlamaBlock",
+    "Block",
+    "Experts",
     "Parts",
     "RMSNorm",
+    "bounded_scale",
     "rotary_turns",
 ]

@@ -1,7 +1,7 @@
-"""What blocks are made of: linear layers, norms, rotary positions, causal attention.
+"""What blocks are made of: linear layers, norms, and attention's two products.
 
 Shape letters: lead = () for one model or (E,) for a stack of E models, B sequences, T tokens,
-D residual width, H heads, K head width. Activations between GEMMs are float32.
+D residual width, H query heads, G key heads, K head width. Activations between GEMMs are float32.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from foreshock.trainer.blocks.fused import rms_norm, unit_rms
+from foreshock.trainer.blocks.fused import rms_norm
 from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.precision import AttentionCore, GemmLinear, attention_core, gemm_linear
 
-__all__ = ["Attention", "Parts", "RMSNorm", "rotary_turns"]
-
-ROTARY_BASE = 500_000.0
+__all__ = ["Parts", "RMSNorm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +46,10 @@ class Parts:
         """An RMSNorm with a learnable gain per feature."""
         return RMSNorm(width, lead=self.lead, initial_gain=initial_gain)
 
+    def learned(self, *shape: int, value: float) -> nn.Parameter:
+        """A learnable tensor of one value, shape (*lead, *shape)."""
+        return nn.Parameter(torch.full((*self.lead, *shape), value))
+
 
 class RMSNorm(nn.Module):
     """g z / sqrt(mean(z^2) + 1e-5) over features; g of shape (*lead, D) is learnable."""
@@ -60,54 +62,6 @@ class RMSNorm(nn.Module):
         """Shape (*lead, B, T, D), kept."""
         return rms_norm(x, self.gain)
 
-
-def rotary_turns(length: int, head_width: int, device: torch.device) -> Tensor:
-    """Rotary positions as complex numbers exp(i position base^(-2j/K)), shape (T, 1, K/2).
-
-    Base 500,000, as Llama 3. Llama 3.1's stretching of low frequencies for long contexts is left
-    out: sequences here are short.
-    """
-    exponents = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
-    positions = torch.arange(length, device=device, dtype=torch.float32)
-    angles = positions[:, None] * ROTARY_BASE**-exponents
-    return torch.polar(torch.ones_like(angles), angles)[:, None]
-
-
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the pairs (x_2j, x_2j+1) by their angle; x (B, T, H, K)."""
-    pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turns).flatten(-2)
-
-
-class Attention(nn.Module):
-    """Causal self-attention over all heads, without bias.
-
-    Args:
-        parts: Makes the two linear layers, `qkv` and `out`, and what is between them, `core`.
-        width: D.
-        heads: H.
-        scale: Factor of q k^T before the softmax.
-        normalise_heads: Divide q and k by their RMS per head before the rotation, without a gain.
-    """
-
-    def __init__(
-        self, parts: Parts, *, width: int, heads: int, scale: float, normalise_heads: bool
-    ) -> None:
-        super().__init__()
-        self.heads, self.normalise_heads = heads, normalise_heads
-        self.qkv = parts.linear(width, 3 * width)
-        self.core = parts.attention_core(scale=scale)
-        self.out = parts.linear(width, width)
-
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        """Shape (*lead, B, T, D), kept."""
-        tokens, width = x.shape[-2:]
-        # (lead B, T, 3 H, K), q then k then v: the stack folds into the batch.
-        qkv = self.qkv(x).view(-1, tokens, 3 * self.heads, width // self.heads)
-        qk, v = qkv.split((2 * self.heads, self.heads), dim=2)
-        if self.normalise_heads:
-            qk = unit_rms(qk)
-        q, k = rotate(qk, turns).transpose(1, 2).chunk(2, dim=1)
-        mixed = self.core(q, k, v.transpose(1, 2))
-        y: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
-        return y
+    def extra_repr(self) -> str:
+        """Width, for the audit that `print(model)` is."""
+        return f"{self.gain.shape[-1]}"

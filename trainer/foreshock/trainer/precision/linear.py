@@ -78,6 +78,21 @@ class GemmLinear(nn.Module, ABC):
         """
         self._input_gain = None if gain is None else gain.to(self.weight.device)
 
+    def smoothed(self, x: Tensor, gain: Tensor) -> Tensor:
+        """The layer's result for x, with x * gain and weight / gain as the operands that are cast.
+
+        Args:
+            x: Shape (*lead, B, T, in_features).
+            gain: Shape (*lead, in_features), not zero; no gradient goes through it.
+        """
+        held = self._input_gain
+        self._input_gain = gain if held is None else gain * held
+        try:
+            y: Tensor = self(x)
+        finally:
+            self._input_gain = held
+        return y
+
     def _gemm_weight(self) -> Tensor:
         gain = self._input_gain
         return self.weight if gain is None else self.weight / gain[..., None, :]

@@ -207,3 +207,16 @@ def test_names_of_faults_and_configurations_never_reach_the_features() -> None:
         first = one.score(step=step, scalars=scalars)
         second = other.score(step=step, scalars={"loss": 2.0, "learning_rate": 10.0 ** (step % 7)})
         assert first == second
+
+
+def test_a_higher_factor_of_the_threshold_alarms_later_or_never() -> None:
+    loss, norm = 3.0, 1.0
+    fired = {}
+    for factor in (1e-9, 1.0, 1e9):
+        scorer = LocalScorer(load_shipped(), threshold_factor=factor)
+        risks = [scorer.score(step=i, scalars={"loss": loss, "grad_norm": norm}) for i in range(80)]
+        fired[factor] = [risk.state for risk in risks].count("firing")
+        # What is compared with the factor does not depend on it.
+        assert scorer.alarm_score is not None
+    assert fired[1e-9] > 0
+    assert fired[1.0] == fired[1e9] == 0

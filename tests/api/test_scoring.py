@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -319,3 +320,10 @@ def test_a_run_that_left_memory_leaves_the_worker_too(world: World) -> None:
 def test_no_worker_is_no_service() -> None:
     with pytest.raises(ValueError, match="1 or more"):
         ScoringWorkers(0, ScriptedScorer)
+
+
+def test_a_threshold_factor_reaches_the_scorers_of_other_processes() -> None:
+    again: ShippedScorers = pickle.loads(pickle.dumps(ShippedScorers(2.5)))
+    scorer = again()
+    assert isinstance(scorer, LocalScorer)
+    assert scorer.threshold_factor == 2.5

@@ -65,3 +65,10 @@ def test_wrong_values_are_named(environment: dict[str, str], named: str) -> None
     with pytest.raises(SettingsError, match=named) as caught:
         Settings.from_environment(environment)
     assert "short'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "inf", "nan", "much"])
+def test_a_threshold_factor_is_above_zero(value: str) -> None:
+    assert Settings.from_environment({"FORESHOCK_THRESHOLD_FACTOR": "2.5"}).threshold_factor == 2.5
+    with pytest.raises(SettingsError, match=r"(?i)threshold_factor"):
+        Settings.from_environment({"FORESHOCK_THRESHOLD_FACTOR": value})

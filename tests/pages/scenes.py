@@ -154,6 +154,10 @@ def _readme(stage: Stage, folder: Path) -> None:
     stage.write_csv(folder, "step", "loss")
 
 
+def _spool(stage: Stage, folder: Path) -> None:
+    shutil.copytree(stage.spool, folder / "spool")
+
+
 def _service(stage: Stage, folder: Path) -> None:
     stage.copy_spool(folder)
     stage.write_logs(folder)
@@ -203,6 +207,7 @@ SCENES: Final[Mapping[str, Scene]] = {
     "docs/how-to/alert-route.md": Scene(_route),
     "docs/how-to/act-on-a-risk.md": Scene(served=True),
     "docs/how-to/heatmap.md": Scene(served=True),
+    "docs/how-to/replay.md": Scene(_spool, served=True),
     "docs/how-to/doctor.md": Scene(served=True, long=True),
 }
 """Every page that has something to run."""

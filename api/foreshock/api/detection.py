@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -169,7 +169,22 @@ class LossDetector:
             return lost > 0.5 * _DRIFT_SHARE * self._progress()
         if lost <= max(_DRIFT_SHARE * self._progress(), 0.03 * abs(self._best)):
             return False
-        return lost > 4 * 1.4826 * _median([abs(value - now) for value in self._recent])
+        return lost > 4 * _scatter(self._recent)
+
+
+def _scatter(values: Sequence[float]) -> float:
+    """Sigma of the noise about a rising line through the values, or about their level.
+
+    About the level a smooth rise would count as noise, the more the steeper it is. What does not
+    rise any more is not given the benefit: a loss that wanders slowly is no divergence.
+    """
+    middle = (len(values) - 1) / 2
+    slope = sum((i - middle) * v for i, v in enumerate(values)) / sum(
+        (i - middle) ** 2 for i in range(len(values))
+    )
+    straight = [v - max(slope, 0.0) * i for i, v in enumerate(values)]
+    level = _median(straight)
+    return 1.4826 * _median([abs(v - level) for v in straight])
 
 
 def _median(values: Iterable[float]) -> float:

@@ -91,7 +91,7 @@ class LiveService:
         channels = alert_channels(settings)
         self.page = settings.public_url or None
         self._records = NotedRecords(registry, store)
-        self.new_scorer = new_scorer or ShippedScorers()
+        self.new_scorer = new_scorer or ShippedScorers(settings.threshold_factor)
         self._diagnosis = DiagnosisProcess()
         self._watch = SilenceWatch(
             SilenceSettings(factor=settings.stale_intervals, minimum=settings.stale_seconds)

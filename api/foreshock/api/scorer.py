@@ -67,17 +67,33 @@ class LocalScorer:
         artifact: A fitted forecaster; None takes the one that comes with the package, and without
             that the scorer detects only.
         prior: Expected onsets per step where it is used; None keeps the training rate.
+        threshold_factor: Of the model's alarm threshold; above 1 alarms less often.
+
+    Attributes:
+        features: Of the latest record; None while there is too little history.
+        alarm_score: Probability over the threshold that was fitted, at the latest record; None =
+            no forecast.
+        detection: What the loss itself shows at the latest record.
     """
 
-    def __init__(self, artifact: Artifact | None = None, *, prior: float | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact | None = None,
+        *,
+        prior: float | None = None,
+        threshold_factor: float = 1.0,
+    ) -> None:
         self._artifact = artifact if artifact is not None else load_shipped()
         self._prior = prior
+        self.threshold_factor = threshold_factor
         settings = self._artifact.features if self._artifact else None
         self._extractor = FeatureExtractor(settings)
         self._detector = LossDetector()
         self._machine = AlertMachine(None, self._artifact.alerts if self._artifact else None)
         self._worst: tuple[str | None, ...] = (None,) * len(EXTREMES)
         self.features: FloatArray | None = None
+        self.alarm_score: float | None = None
+        self.detection = Detection()
 
     def __call__(self, record: StepRecord) -> Risk:
         """Score one record."""
@@ -146,12 +162,18 @@ class LocalScorer:
             self._machine.rebaseline()
         self.features = self._extractor.update(step, signals)
         loss = scalars.get("loss")
-        detection = self._detector.update(step, None if loss is None else float(loss))
-        forecast = self._certain() if detection.certain else self._forecast()
-        return self._risk(step, forecast, detection)
+        self.detection = self._detector.update(step, None if loss is None else float(loss))
+        forecast = self._certain() if self.detection.certain else self._forecast()
+        self.alarm_score = (
+            forecast.alarm / forecast.threshold
+            if forecast.alarm is not None and forecast.threshold
+            else None
+        )
+        return self._risk(step, forecast, self.detection)
 
     def _risk(self, step: int, forecast: _Forecast, detection: Detection) -> Risk:
-        self._machine.threshold = forecast.threshold
+        fitted = forecast.threshold
+        self._machine.threshold = None if fitted is None else fitted * self.threshold_factor
         state = self._machine.update(
             forecast.alarm, detected=detection.detected, suspected=detection.suspected
         )

@@ -66,7 +66,13 @@ class ShippedScorers:
 
     scikit-learn and skops come with it: more than half of what a service would load before it
     listens, and only a process that scores needs them.
+
+    Args:
+        threshold_factor: Of the model's alarm threshold.
     """
+
+    def __init__(self, threshold_factor: float = 1.0) -> None:
+        self._factor = threshold_factor
 
     @cached_property
     def model(self) -> Artifact | None:
@@ -79,11 +85,11 @@ class ShippedScorers:
         """A fresh scorer."""
         from foreshock.api.scorer import LocalScorer
 
-        return LocalScorer(self.model)
+        return LocalScorer(self.model, threshold_factor=self._factor)
 
-    def __reduce__(self) -> tuple[type[ShippedScorers], tuple[()]]:
+    def __reduce__(self) -> tuple[type[ShippedScorers], tuple[float]]:
         # The model stays where it is: the other process reads its own.
-        return ShippedScorers, ()
+        return ShippedScorers, (self._factor,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ receivers' addresses), so its repr leaves them out.
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -87,6 +88,8 @@ class Settings:
         receiving_bytes: Bodies of all requests under way; above it new ones get 503.
         stale_intervals: A run is stale when it was silent for so many of its usual intervals,
         stale_seconds: and for at least so many seconds.
+        threshold_factor: Of the forecaster's alarm threshold; above 1 pages less often. What suits
+            one's own runs `foreshock replay` says.
         alert_urls: apprise addresses that get alerts.
         alertmanager_urls: Alertmanager base addresses.
         external_labels: Labels that Prometheus adds to its alerts (`external_labels`), each as
@@ -134,6 +137,7 @@ class Settings:
     receiving_bytes: int = 512 * _MEBIBYTE
     stale_intervals: int = 10
     stale_seconds: int = 300
+    threshold_factor: float = 1.0
     alert_urls: tuple[str, ...] = field(default=(), repr=False)
     alertmanager_urls: tuple[str, ...] = field(default=(), repr=False)
     external_labels: tuple[str, ...] = ()
@@ -156,17 +160,24 @@ class Settings:
             database_url(self.database, self.data_dir)
         except (StoreUrlError, DatabaseUrlError) as error:
             raise SettingsError(str(error)) from None
-        if self.analysis_workers < -1:
-            raise SettingsError(
-                f"analysis_workers is {self.analysis_workers}; allowed: -1 (half of the cores), "
-                "0 (none of their own) or more"
-            )
+        self._check_analysis()
         if self.token is not None and len(self.token) < _SHORTEST_TOKEN:
             raise SettingsError(
                 f"the token has {len(self.token)} characters; use {_SHORTEST_TOKEN} or more"
             )
 
         self._check_labels()
+
+    def _check_analysis(self) -> None:
+        if not 0 < self.threshold_factor < math.inf:
+            raise SettingsError(
+                f"threshold_factor is {self.threshold_factor}; allowed: above 0 (1 is the model's)"
+            )
+        if self.analysis_workers < -1:
+            raise SettingsError(
+                f"analysis_workers is {self.analysis_workers}; allowed: -1 (half of the cores), "
+                "0 (none of their own) or more"
+            )
 
     def _check_labels(self) -> None:
         for pair in self.external_labels:
@@ -276,6 +287,8 @@ def _parser(default: object) -> Callable[[str], object]:
         return _boolean
     if isinstance(default, int):
         return int
+    if isinstance(default, float):
+        return float
     if isinstance(default, tuple):
         return _list
     return Path if isinstance(default, Path) else str

@@ -14,6 +14,7 @@ from foreshock.api.cli import (
     doctor,
     fit,
     incident,
+    replay,
     score,
     serve,
     sweep,
@@ -46,6 +47,7 @@ data.register(app)
 compare.register(app)
 backup.register(app)
 score.register(app)
+replay.register(app)
 fit.register(app)
 incident.register(app)
 sweep.register(app)

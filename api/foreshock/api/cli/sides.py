@@ -23,7 +23,7 @@ from foreshock.api.cli.transfer import (
 )
 from foreshock.monitor.record import RecordError, conform, read_stream, records_to_table, validate
 
-__all__ = ["Side", "parse_side"]
+__all__ = ["Side", "launch_records", "parse_side", "registrations"]
 
 _ATTEMPT = re.compile(r"(?P<rest>.+)@(?P<attempt>\d+)")
 
@@ -73,13 +73,13 @@ class Side:
                 ) from None
 
     def _from_spool(self, root: Path) -> pa.Table:
-        launches = sorted(root.glob(f"*/{self.run or '*'}/*/run.json"), key=_made)
+        launches = registrations(root, self.run)
         runs = sorted({path.parent.parent.name for path in launches})
         if len(runs) != 1:
             known = runs or sorted({p.parent.parent.name for p in root.glob("*/*/*/run.json")})
             shown = ", ".join(known[:12])
             raise TransferError(f"{self.given}: name one run as {root}@RUN, of {shown}")
-        return self._chosen([t for path in launches if (t := _launch(path.parent)).num_rows])
+        return self._chosen([t for path in launches if (t := launch_records(path.parent)).num_rows])
 
     def _chosen(self, attempts: Sequence[pa.Table]) -> pa.Table:
         if self.attempt is not None and not 1 <= self.attempt <= len(attempts):
@@ -98,12 +98,21 @@ def _filled(given: str, table: pa.Table) -> pa.Table:
     return table
 
 
+def registrations(root: Path, run: str | None = None) -> list[Path]:
+    """The `run.json` of every launch and rank in a spool, oldest first; None takes all runs."""
+    return sorted(root.glob(f"*/{run or '*'}/*/run.json"), key=_made)
+
+
 def _made(registration: Path) -> tuple[float, str]:
     return registration.stat().st_mtime, str(registration)
 
 
-def _launch(folder: Path) -> pa.Table:
-    """Sealed batches of one launch and rank, and what its journal holds."""
+def launch_records(folder: Path) -> pa.Table:
+    """Sealed batches of one launch and rank, and what its journal holds.
+
+    Raises:
+        TransferError: A batch is damaged.
+    """
     tables = []
     for path in sorted(folder.glob("*.arrow")):
         try:

@@ -11,7 +11,7 @@ from typing import Final, Protocol, runtime_checkable
 
 import torch
 
-__all__ = ["DTYPE_FORMATS", "OPERAND_ROLES", "Operand", "QuantizedGemm"]
+__all__ = ["DTYPE_FORMATS", "OPERAND_ROLES", "Operand", "QuantizedGemm", "Tap"]
 
 DTYPE_FORMATS: Final = {
     torch.bfloat16: "bf16",
@@ -54,3 +54,15 @@ class QuantizedGemm(Protocol):
     def operand(self, role: str) -> Operand:
         """The cast of the operand `role`: input, weight or grad_output."""
         ...
+
+
+@runtime_checkable
+class Tap(Protocol):
+    """A module that hands its tensor on unchanged, a place to measure what no GEMM takes.
+
+    Attributes:
+        tapped_role: What the tensor is, one of `record.ROLES`, e.g. residual, query or key; None
+            while it is not to be measured.
+    """
+
+    tapped_role: str | None

@@ -12,6 +12,7 @@ from typing import Final
 
 from foreshock.monitor.layers.adapter import Adapter, HookContext
 from foreshock.monitor.layers.plain import GemmAdapter
+from foreshock.monitor.layers.tap import TapAdapter
 
 __all__ = ["Adapter", "HookContext", "adapters"]
 
@@ -34,4 +35,4 @@ def adapters() -> Sequence[Adapter]:
     for library, module, name in _OPTIONAL:
         if library in sys.modules:
             found.append(getattr(importlib.import_module(module), name)())
-    return (*found, GemmAdapter())
+    return (*found, GemmAdapter(), TapAdapter())

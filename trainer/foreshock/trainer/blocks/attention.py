@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from foreshock.trainer.blocks.parts import Parts
+from foreshock.trainer.blocks.parts import Parts, Tap
 from foreshock.trainer.config import ModelConfig
 
 __all__ = ["Attention", "bounded_scale", "rotary_turns", "usual_scale"]
@@ -70,6 +70,7 @@ class Attention(nn.Module):
         every_head = self.heads + 2 * self.key_heads
         self.qkv = parts.linear(config.width, every_head * self.head_width)
         self.regulariser = regulariser
+        self.query, self.key = Tap("query"), Tap("key")
         self.core = parts.attention_core(scale=scale)
         self.out = parts.linear(config.width, config.width)
 
@@ -80,6 +81,9 @@ class Attention(nn.Module):
         qk, v = torch.split(qkv, [self.heads + self.key_heads, self.key_heads], dim=2)
         if self.regulariser is not None:
             qk = self.regulariser(qk)
+        # As FOG's released code sees them: bounded, not yet turned.
+        self.query(qk[:, :, : self.heads])
+        self.key(qk[:, :, self.heads :])
         rotated = rotate(qk, turns).transpose(1, 2)
         q, k = torch.split(rotated, [self.heads, self.key_heads], dim=1)
         mixed = self.core(q, k, v.transpose(1, 2))

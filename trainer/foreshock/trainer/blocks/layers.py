@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from foreshock.trainer.blocks.parts import Parts
+from foreshock.trainer.blocks.parts import Parts, Tap
 from foreshock.trainer.config import ModelConfig
 
 __all__ = ["Block", "PostNormBlock", "PreNormBlock", "ScaledBlock", "ScaledPostNormBlock"]
@@ -19,6 +19,10 @@ class Block(nn.Module):
 
     attention: nn.Module
     mlp: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.residual = Tap("residual")
 
 
 class PreNormBlock(Block):
@@ -36,7 +40,7 @@ class PreNormBlock(Block):
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         """Shape (*lead, B, T, D), kept."""
         h = x + self.attention(self.attention_norm(x), turns)
-        y: Tensor = h + self.mlp(self.mlp_norm(h))
+        y: Tensor = self.residual(h + self.mlp(self.mlp_norm(h)))
         return y
 
 
@@ -60,7 +64,7 @@ class PostNormBlock(Block):
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         """Shape (*lead, B, T, D), kept."""
         h = x + self.attention_norm(self.attention(x, turns))
-        y: Tensor = h + self.mlp_norm(self.mlp(h))
+        y: Tensor = self.residual(h + self.mlp_norm(self.mlp(h)))
         return y
 
 
@@ -89,7 +93,7 @@ class ScaledBlock(Block):
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         """Shape (*lead, B, T, D), kept."""
         h = x + self.branch_scale * self.attention(x, turns)
-        y: Tensor = h + self.branch_scale * self.mlp(h)
+        y: Tensor = self.residual(h + self.branch_scale * self.mlp(h))
         return y
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from foreshock.trainer.blocks.fused import rms_norm
 from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.precision import AttentionCore, GemmLinear, attention_core, gemm_linear
 
-__all__ = ["Parts", "RMSNorm"]
+__all__ = ["Parts", "RMSNorm", "Tap", "open_taps"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +65,33 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Width, for the audit that `print(model)` is."""
         return f"{self.gain.shape[-1]}"
+
+
+class Tap(nn.Module):
+    """Hands a tensor on unchanged: where a monitor may look at what no GEMM takes.
+
+    Closed at first, since every tensor that is measured takes time.
+
+    Args:
+        role: What the tensor is, as records name it: residual, query, key.
+    """
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self.role = role
+        self.tapped_role: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, kept."""
+        return x
+
+    def extra_repr(self) -> str:
+        """Whether it is open, for the audit that `print(model)` is."""
+        return "closed" if self.tapped_role is None else "open"
+
+
+def open_taps(model: nn.Module) -> None:
+    """Let a monitor that is attached afterwards see what passes through the model's taps."""
+    for module in model.modules():
+        if isinstance(module, Tap):
+            module.tapped_role = module.role

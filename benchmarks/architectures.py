@@ -149,7 +149,7 @@ def main() -> None:
             cells = [
                 x for c in columns for x in (f"{values[c]:.1f}", f"{llama[c] / values[c]:.2g}")
             ]
-            losses = [f"{mean(r[which] for r in runs):.3f}" for which in (0, 1)]
+            losses = [f"{mean(r[0] for r in runs):.3f}", f"{mean(r[1] for r in runs):.3f}"]
             row([name, architecture, *losses, *cells, f"{time.perf_counter() - began:.0f}"])
 
 

@@ -14,11 +14,14 @@ from foreshock.trainer.faults import Fault
 
 __all__ = [
     "Architecture",
+    "AttentionName",
+    "Backend",
     "DataConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PrecisionConfig",
     "RunConfig",
+    "ScalingName",
     "ScheduleConfig",
 ]
 
@@ -34,6 +37,11 @@ Architecture = Literal[
     "fog_swiglu",
     "fog_moe",
 ]
+Backend = Literal["bf16", "emulated"]
+ScalingName = Literal["delayed", "current", "rowwise", "block128", "mxfp8", "nvfp4"]
+AttentionName = Literal["plain", "fp8"]
+
+
 
 T = TypeVar("T")
 _LATER: Final = "later"
@@ -42,6 +50,10 @@ _LATER: Final = "later"
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
 def later(default: T) -> T:
@@ -150,23 +162,47 @@ class PrecisionConfig:
     """How the GEMMs of the blocks are computed.
 
     Attributes:
-        backend: bf16 (bfloat16 operands, reference), or emulated (FP8 operands, real casts, on any
-            device).
-        scaling: delayed (from an amax history) or current (from the tensor itself).
+        backend: bf16 (bfloat16 operands, reference) or emulated (low-precision operands, real
+            casts, on any device).
+        scaling: What one scale covers and where it comes from. Per tensor: delayed (from an amax
+            history) or current (from the tensor itself); rowwise (one per token and per output
+            channel); block128 (1 x 128, weights 128 x 128), mxfp8 (32) or nvfp4 (16).
         history: Length of the amax history of delayed scaling.
-        margin: Scale is divided by 2^margin.
-        forward_format, gradient_format: FP8 formats of inputs and weights, and of output gradients.
+        margin: Scale of delayed scaling is divided by 2^margin.
+        forward_format, gradient_format: FP8 formats of inputs and weights, and of output gradients,
+            where a scale covers a tensor or a row. Blocks are always E4M3, of nvfp4 E2M1.
+        attention: plain (float32) or fp8 (both products forward and backward, E4M3 and E5M2, one
+            scale per tensor, delayed where `scaling` is and else current).
+        block_scales: Scales of block128: power_of_two as Transformer Engine, or exact.
+        stochastic_rounding: nvfp4 rounds output gradients up or down by chance.
+        hadamard: nvfp4 mixes each 16 tokens of the weight gradient's operands by a Hadamard matrix
+            with random signs.
+        rounding_seed: Of those two.
     """
 
-    backend: Literal["bf16", "emulated"] = "emulated"
-    scaling: Literal["delayed", "current"] = "delayed"
+    backend: Backend = "emulated"
+    scaling: ScalingName = "delayed"
     history: int = 16
     margin: int = 0
     forward_format: Literal["e4m3", "e5m2"] = "e4m3"
     gradient_format: Literal["e4m3", "e5m2"] = "e5m2"
+    attention: AttentionName = later("plain")
+    block_scales: Literal["power_of_two", "exact"] = later("power_of_two")
+    stochastic_rounding: bool = later(False)
+    hadamard: bool = later(False)
+    rounding_seed: int = later(0)
 
     def __post_init__(self) -> None:
         _require(self.history >= 1, f"history is {self.history}; allowed: 1 or more")
+        _one_of("backend", self.backend, get_args(Backend))
+        _one_of("scaling", self.scaling, get_args(ScalingName))
+        _one_of("attention", self.attention, get_args(AttentionName))
+        _one_of("block_scales", self.block_scales, ("power_of_two", "exact"))
+        chance = self.stochastic_rounding or self.hadamard
+        _require(
+            not chance or self.scaling == "nvfp4",
+            f"stochastic_rounding and hadamard belong to nvfp4, scaling is {self.scaling}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +296,8 @@ class RunConfig:
 
     def fingerprint(self) -> str:
         """Hex digest of everything that influences the training: all but the name.
+
+        Fields that came `later` stay out while they stand at their default.
 
         Numbers count to nine digits: exp and log differ in the last bit between processors, and
         so would a recipe's learning rate.

@@ -41,8 +41,6 @@ Backend = Literal["bf16", "emulated"]
 ScalingName = Literal["delayed", "current", "rowwise", "block128", "mxfp8", "nvfp4"]
 AttentionName = Literal["plain", "fp8"]
 
-
-
 T = TypeVar("T")
 _LATER: Final = "later"
 

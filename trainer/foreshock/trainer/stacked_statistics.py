@@ -38,12 +38,19 @@ class StackStatistics:
         model: The stack.
         precision: Recipe of each model.
 
+    Raises:
+        ValueError: Scales cover rows or blocks, which only a single run measures.
+
     Attributes:
         identities: Layers in order, each with its input, weight and output gradient.
     """
 
     def __init__(self, model: Decoder, precision: Sequence[PrecisionConfig]) -> None:
         layers = model.linears()
+        for name, layer in layers.items():
+            covered = layer.operand("input").granularity
+            if covered != "tensor":
+                raise ValueError(f"{name} has scales per {covered}: such runs train one by one")
         self.identities = tuple(
             TensorIdentity(layer=name, role=role, format=layer.operand(role).format)
             for name, layer in layers.items()

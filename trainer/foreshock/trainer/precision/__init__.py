@@ -8,13 +8,14 @@ from foreshock.trainer.precision.attention import (
     PlainAttention,
     attention_core,
 )
+from foreshock.trainer.precision.block_linear import BlockLinear
 from foreshock.trainer.precision.cast import GEMM_DTYPE, quantize, saturating_cast
+from foreshock.trainer.precision.factory import gemm_linear
 from foreshock.trainer.precision.layer_faults import LayerFaults
 from foreshock.trainer.precision.linear import (
     Bf16Linear,
     Fp8Linear,
     GemmLinear,
-    gemm_linear,
 )
 from foreshock.trainer.precision.scaling import Scaling, tensor_amax
 
@@ -22,6 +23,7 @@ __all__ = [
     "GEMM_DTYPE",
     "AttentionCore",
     "Bf16Linear",
+    "BlockLinear",
     "Fp8Linear",
     "GemmLinear",
     "LayerFaults",

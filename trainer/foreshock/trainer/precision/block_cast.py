@@ -107,7 +107,8 @@ def block_cast(x: Tensor, to: BlockFormat, *, chance: torch.Generator | None = N
     rows, columns = x.shape[-2:]
     size = columns if to.size is None else to.size
     padded = functional.pad(x, (0, -columns % size, 0, -rows % to.rows))
-    grid = padded.unflatten(-1, (-1, size)).unflatten(-3, (-1, to.rows))
+    height, width = padded.shape[-2] // to.rows, padded.shape[-1] // size
+    grid = padded.reshape(*x.shape[:-2], height, to.rows, width, size)
     # (*lead, row blocks, rows, blocks, size)
     magnitude = grid.abs().nan_to_num(0.0, 0.0, 0.0)
     amax = magnitude.amax((-3, -1))
@@ -164,8 +165,9 @@ def hadamard(x: Tensor, seed: int) -> Tensor:
     drawn = torch.randint(0, 2, (HADAMARD_SIZE,), generator=torch.Generator().manual_seed(seed))
     mix = matrix * (2.0 * drawn - 1.0) / HADAMARD_SIZE**0.5
     padded = functional.pad(x.float(), (0, 0, 0, -x.shape[-2] % HADAMARD_SIZE))
-    groups = padded.unflatten(-2, (-1, HADAMARD_SIZE))
-    return (mix.to(x.device) @ groups).flatten(-3, -2)
+    groups = padded.reshape(*x.shape[:-2], -1, HADAMARD_SIZE, x.shape[-1])
+    mixed: Tensor = mix.to(x.device) @ groups
+    return mixed.flatten(-3, -2)
 
 
 def _exact(amax: Tensor, largest: float) -> Tensor:

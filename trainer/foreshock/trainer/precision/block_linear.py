@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from foreshock.monitor.operands import Operand
 from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.precision.block_cast import BlockFormat, BlockTensor, block_cast, hadamard
-from foreshock.trainer.precision.gemm_linear import ROLES, GemmLinear, check_role
+from foreshock.trainer.precision.linear import ROLES, GemmLinear, check_role
 
 __all__ = ["BlockLinear", "BlockProduct", "emulated_product"]
 
@@ -58,8 +58,6 @@ class BlockLinear(GemmLinear):
     def operand(self, role: str) -> Operand:
         """Format; each block's scale follows from its own elements."""
         check_role(role)
-        if self.in_bf16:
-            return Operand("bf16", None)
         to = self.formats[role]
         return Operand(to.name, None, granularity=to.granularity)
 
@@ -75,13 +73,18 @@ class BlockLinear(GemmLinear):
                 self.draws += 1
         return block_cast(x, self.formats[role], chance=chance)
 
-    def low_precision(self, x: Tensor, weight: Tensor) -> Tensor:
-        """X (*lead, N, in) to (*lead, N, out), float32."""
-        y: Tensor = _BlockMatmul.apply(x, weight, self)  # type: ignore[no-untyped-call]
-        return y
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), float32."""
+        flat = x.reshape(*self.lead, -1, self.in_features)
+        y: Tensor = _BlockMatmul.apply(flat, self._gemm_weight(), self)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], self.out_features)
 
-    def recipe_of(self, role: str) -> str:
-        """Format, granularity and scaling of an operand, in words."""
+    def extra_repr(self) -> str:
+        """Sizes and the recipe of every operand, for the audit that `print(model)` is."""
+        recipes = ", ".join(f"{role}: {self._recipe_of(role)}" for role in ROLES)
+        return f"{super().extra_repr()}, emulated, {recipes}"
+
+    def _recipe_of(self, role: str) -> str:
         to = self.formats[role]
         size = "row" if to.size is None else f"{to.rows} x {to.size}"
         scales = "powers of two" if to.power_of_two else "exact scales"

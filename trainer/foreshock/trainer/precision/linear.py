@@ -20,33 +20,9 @@ from foreshock.trainer.precision.cast import GEMM_DTYPE, quantize
 from foreshock.trainer.precision.gemm import gemm
 from foreshock.trainer.precision.scaling import Scaling
 
-__all__ = ["Bf16Linear", "Fp8Linear", "GemmLinear", "gemm_linear"]
+__all__ = ["ROLES", "Bf16Linear", "Fp8Linear", "GemmLinear", "check_role"]
 
 ROLES: Final = ("input", "weight", "grad_output")
-
-
-def gemm_linear(
-    in_features: int,
-    out_features: int,
-    *,
-    precision: Sequence[PrecisionConfig],
-    lead: tuple[int, ...] = (),
-) -> GemmLinear:
-    """Make the linear layer that the recipes ask for.
-
-    Args:
-        in_features: Columns of one model's matrix.
-        out_features: Its rows.
-        precision: The recipe, or one per model of a stack; recipes of a stack may differ in all
-            but the FP8 formats.
-        lead: () for one model, (E,) for a stack.
-
-    Raises:
-        ValueError: The stack's recipes differ in their formats.
-    """
-    if all(p.backend == "bf16" for p in precision):
-        return Bf16Linear(in_features, out_features, lead=lead)
-    return Fp8Linear(in_features, out_features, precision=precision, lead=lead)
 
 
 class GemmLinear(nn.Module, ABC):
@@ -114,7 +90,7 @@ class Bf16Linear(GemmLinear):
 
     def operand(self, role: str) -> Operand:
         """Always bf16, unscaled."""
-        _check_role(role)
+        check_role(role)
         return Operand("bf16", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,7 +142,7 @@ class Fp8Linear(GemmLinear):
 
     def scaling_of(self, role: str) -> Scaling:
         """Scale state of one operand: where scale faults act."""
-        _check_role(role)
+        check_role(role)
         scaling = self.scaling[role]
         assert isinstance(scaling, Scaling)
         return scaling
@@ -253,6 +229,7 @@ def _rescaled(product: Tensor, inverse_a: Tensor, inverse_b: Tensor) -> Tensor:
     return result.mul_(inverse_a * inverse_b)
 
 
-def _check_role(role: str) -> None:
+def check_role(role: str) -> None:
+    """Raise a ValueError unless a linear layer has this operand."""
     if role not in ROLES:
         raise ValueError(f"unknown role {role!r}; a linear layer has {', '.join(ROLES)}")

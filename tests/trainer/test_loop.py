@@ -25,9 +25,10 @@ class Ear:
         self.model, self.optimizer = model, optimizer
         self.heard: list[tuple[str, object]] = []
 
-    def log(self, *, loss: torch.Tensor) -> None:
-        assert not loss.requires_grad
-        self.heard.append(("loss", float(loss)))
+    def log(self, **values: torch.Tensor) -> None:
+        for name, value in values.items():
+            assert not value.requires_grad
+            self.heard.append((name, float(value)))
 
     def event(self, kind: str, detail: str | None = None) -> None:
         self.heard.append((kind, detail))

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
 
-from foreshock.trainer.config import OptimizerConfig
+from foreshock.monitor import watch
+from foreshock.monitor.record import table_to_records
+from foreshock.trainer.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    StatesConfig,
+)
+from foreshock.trainer.fp8lm import Level
+from foreshock.trainer.loop import CheckpointPolicy, Watcher, train
 from foreshock.trainer.optimizer import clip_gradients, make_optimizer, set_learning_rate
 
 
@@ -50,3 +65,42 @@ def test_a_nonfinite_gradient_shows_in_the_norm() -> None:
     model = nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.tensor([[math.nan, 4.0]])
     assert math.isnan(float(clip_gradients(model, 1.0)))
+
+
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+def test_a_level_is_part_of_the_config(level: Level, tmp_path: Path) -> None:
+    """It trains, is watched with states and weights, and resumes bit for bit."""
+    config = RunConfig(
+        name="level",
+        model=ModelConfig(width=16, layers=1, heads=2),
+        data=DataConfig(sequence_length=16, batch_size=2),
+        schedule=ScheduleConfig(warmup_steps=2),
+        states=StatesConfig(level=level),
+        steps=6,
+    )
+    plain = RunConfig(
+        name="level", model=config.model, data=config.data, schedule=config.schedule, steps=6
+    )
+    assert config.fingerprint() != plain.fingerprint()
+    batches: list[pa.RecordBatch] = []
+
+    def attach(model: nn.Module, optimizer: torch.optim.Optimizer, first: int) -> Watcher:
+        return watch(model, optimizer, run="r", spool=tmp_path / "spool", sinks=[batches.append])
+
+    whole = train(config, watch=attach)
+    (record, *others) = table_to_records(pa.Table.from_batches(batches))
+    assert [r.scalars["grad_norm"] for r in (record, *others)] == [
+        pytest.approx(step.grad_norm) for step in whole.steps
+    ]
+    roles = {row.identity.role for row in record.tensors}
+    expected = {"input", "weight", "grad_output", "exp_avg", "exp_avg_sq", "master_weight"}
+    assert roles >= expected | {"grad_reduced"}
+    policy = CheckpointPolicy(folder=tmp_path / "a", every=3)
+    train(config, checkpoints=policy, stop=_after(3))
+    resumed = train(config, checkpoints=replace(policy, resume=True))
+    assert [s.loss for s in resumed.steps] == [s.loss for s in whole.steps[3:]]
+
+
+def _after(steps: int) -> Callable[[], bool]:
+    taken = iter(range(steps - 1))
+    return lambda: next(taken, None) is None

@@ -165,6 +165,7 @@ class Assembler:
                 "channels": _pieces(snapshot.channels, arrays["channels"]),
                 "blocks": _pieces(snapshot.blocks, arrays["blocks"]),
                 "exponents": _pieces(snapshot.exponents, arrays["exponents"]),
+                "mus": _pieces(snapshot.mus, arrays["mus"]),
             },
         )
 
@@ -205,6 +206,10 @@ def _statistics(table: SumTable) -> StatisticColumns:
                 columns[name] = np.zeros(count), np.zeros(count, dtype=bool)
             whole, shown = columns[name]
             whole[rows], shown[rows] = values, valid
+    if mus := table.vectors["mus"]:
+        columns["mu"] = np.zeros(count), np.zeros(count, dtype=bool)
+        for row, (total, seen) in mus.items():
+            columns["mu"][0][row], columns["mu"][1][row] = total / max(seen, 1.0), seen > 0
     # What was lost in a cast can no longer be read from its codes.
     codes = [row for row, entry in enumerate(table.entries) if entry.source == "codes"]
     for name in ("underflow_ratio", "sqnr_db"):

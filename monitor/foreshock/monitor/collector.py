@@ -55,6 +55,7 @@ class Taken:
         blocks: Histograms of block scales per identity.
         exponents: Histograms of elements by their power of two per identity.
         probes: Plain sums of tensors at a step without statistics, and their entries.
+        mus: Factor mu and a 1 per identity: their sums give the mean.
         kernels: Marks around each kernel on the device, at a step whose cost is measured.
         stacked: Bytes of copies that waited to be measured together, at the end.
     """
@@ -66,6 +67,7 @@ class Taken:
     channels: dict[TensorIdentity, torch.Tensor] = field(default_factory=dict)
     blocks: dict[TensorIdentity, torch.Tensor] = field(default_factory=dict)
     exponents: dict[TensorIdentity, torch.Tensor] = field(default_factory=dict)
+    mus: dict[TensorIdentity, torch.Tensor] = field(default_factory=dict)
     probe_entries: list[Entry] = field(default_factory=list)
     probes: list[torch.Tensor] = field(default_factory=list)
     kernels: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
@@ -74,7 +76,7 @@ class Taken:
     @property
     def bytes(self) -> int:
         """Memory of all of it."""
-        vectors = (self.channels, self.blocks, self.exponents)
+        vectors = (self.channels, self.blocks, self.exponents, self.mus)
         held = [*self.sums, *self.probes, *(v for of in vectors for v in of.values())]
         if self.device is not None:
             held.append(self.device)
@@ -214,12 +216,15 @@ class Collector(ops.Receiver):
         *,
         call_index: int = 0,
         source: str | None = None,
+        mu: torch.Tensor | None = None,
     ) -> None:
         """Measure a tensor; its value now is what counts.
 
         Raises:
             ValueError: As `packed_sums`.
         """
+        if mu is not None and self.measuring:
+            self._note_mu(layer, role, operand, call_index, mu)
         if self._add_to_slot(layer, role, x, operand, call_index, source):
             return
         held = part_of(x)
@@ -237,6 +242,15 @@ class Collector(ops.Receiver):
                 self._measure(entry, sample, operand)
         elif self._probe:
             self._probe_sum(entry, local)
+
+    def _note_mu(
+        self, layer: str, role: str, operand: Operand, call_index: int, mu: torch.Tensor
+    ) -> None:
+        identity = TensorIdentity(
+            layer, role, operand.format, call_index, granularity=operand.granularity
+        )
+        factor = mu.detach().double().reshape(())
+        _add(self._taken.mus, identity, torch.stack([factor, torch.ones_like(factor)]))
 
     def _add_to_slot(
         self,

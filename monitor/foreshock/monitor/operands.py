@@ -1,17 +1,28 @@
-"""What a low-precision linear layer tells the monitor about its GEMM operands.
+"""What low-precision layers and optimizers tell the monitor about the tensors that they cast.
 
-A layer that casts its operands implements `QuantizedGemm`; plain `nn.Linear` needs nothing. The
-monitor reads what a layer used and never changes it.
+A layer that casts its operands implements `QuantizedGemm`; plain `nn.Linear` needs nothing. An
+optimizer that casts its states implements `ObservableStates`, and a parameter kept as codes
+`KeptAsCodes`. The monitor reads what they used and never changes it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
 import torch
 
-__all__ = ["DTYPE_FORMATS", "OPERAND_ROLES", "Operand", "QuantizedGemm", "Tap"]
+__all__ = [
+    "DTYPE_FORMATS",
+    "OPERAND_ROLES",
+    "KeptAsCodes",
+    "ObservableStates",
+    "Observer",
+    "Operand",
+    "QuantizedGemm",
+    "Tap",
+]
 
 DTYPE_FORMATS: Final = {
     torch.bfloat16: "bf16",
@@ -66,3 +77,26 @@ class Tap(Protocol):
     """
 
     tapped_role: str | None
+
+
+Observer = Callable[[torch.nn.Parameter, str, torch.Tensor, Operand, torch.Tensor | None], object]
+"""Takes (parameter, role, tensor, its cast, mu): exp_avg, exp_avg_sq, master_weight, grad_reduced
+or weight_gathered as it is before the cast, and for grad_reduced the factor mu, 0-dim or None."""
+
+
+@runtime_checkable
+class ObservableStates(Protocol):
+    """An optimizer whose tensors have few bits."""
+
+    def observe_with(self, observer: Observer | None) -> None:
+        """Show it every such tensor of a step, while the step runs; None: nobody looks."""
+        ...
+
+
+@runtime_checkable
+class KeptAsCodes(Protocol):
+    """A tensor subclass that holds codes and stands for other numbers."""
+
+    def plain(self) -> torch.Tensor:
+        """The plain tensor that it stands for."""
+        ...

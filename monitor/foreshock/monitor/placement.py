@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from foreshock.monitor.operands import KeptAsCodes
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
@@ -43,9 +45,9 @@ WHOLE: Final = Part()
 def part_of(x: torch.Tensor) -> tuple[torch.Tensor, Part] | None:
     """The local piece of a tensor and what it stands for.
 
-    Plain tensors are whole. None where nothing can be said: a sum that is still to be reduced, a
-    subclass other than DTensor (codes, nested tensors), a tensor inside of `torch.vmap`, or no
-    dense floating numbers.
+    Plain tensors are whole, and so is what `KeptAsCodes` stands for. None where nothing can be
+    said: a sum that is still to be reduced, another subclass than DTensor (nested tensors), a
+    tensor inside of `torch.vmap`, or no dense floating numbers.
     """
     if not (x.is_floating_point() and x.layout is torch.strided) or x.is_meta:
         return None
@@ -54,8 +56,9 @@ def part_of(x: torch.Tensor) -> tuple[torch.Tensor, Part] | None:
     if type(x) in PLAIN:
         return x, WHOLE
     if not _is_dtensor(x):
-        return None
+        return (x.plain(), WHOLE) if isinstance(x, KeptAsCodes) else None
     local = x.to_local()
+    local = local.plain() if isinstance(local, KeptAsCodes) else local
     if type(local) not in PLAIN or any(placement.is_partial() for placement in x.placements):
         return None
     return local, _part(x)

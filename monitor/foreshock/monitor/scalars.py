@@ -13,16 +13,13 @@ from typing import Final
 import torch
 from torch import nn
 
-from foreshock.monitor.collector import Collector
 from foreshock.monitor.guard import Guard
-from foreshock.monitor.operands import DTYPE_FORMATS, Operand
 from foreshock.monitor.placement import PLAIN, local_of
 
 __all__ = [
     "SAMPLED_ELEMENTS",
     "GradientNorms",
     "Norms",
-    "OptimizerTensors",
     "Parameters",
     "Value",
     "find_loss",
@@ -318,45 +315,6 @@ class Parameters:
             else:
                 samples = [sample for _, _, sample in self._views]
             return torch.cat(samples).float()
-
-
-class OptimizerTensors:
-    """Weight gradients as the optimizer gets them, and its moments after the step.
-
-    The roles are grad_weight, exp_avg, exp_avg_sq and master_weight, under the names by which
-    torch's and Apex's Adam keep them; an optimizer without them gives no rows.
-    """
-
-    _ROLES: Final = ("exp_avg", "exp_avg_sq", "master_weight")
-
-    def __init__(
-        self, optimizers: Sequence[torch.optim.Optimizer], names: Mapping[nn.Parameter, str]
-    ) -> None:
-        self._optimizers = optimizers
-        self._names = names
-
-    def gradients(self, collector: Collector, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the gradients that one optimizer is about to use, clipped if the loop clips."""
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            name = self._names.get(parameter)
-            gradient = parameter.grad
-            if name is not None and gradient is not None and not gradient.is_sparse:
-                _observe(collector, name, "grad_weight", gradient)
-
-    def moments(self, collector: Collector) -> None:
-        """Measure the state of each parameter."""
-        for parameter, name in self._names.items():
-            states = [optimizer.state.get(parameter) for optimizer in self._optimizers]
-            state: Mapping[str, object] = next(filter(None, states), {})
-            for role in self._ROLES:
-                value = state.get(role)
-                if isinstance(value, torch.Tensor) and value.ndim and value.is_floating_point():
-                    _observe(collector, name, role, value)
-
-
-def _observe(collector: Collector, name: str, role: str, x: torch.Tensor) -> None:
-    layer = name.removesuffix(".weight")
-    collector.observe(layer, role, x, Operand(DTYPE_FORMATS.get(x.dtype, "fp32"), None))
 
 
 def _stride(values: torch.Tensor) -> int:

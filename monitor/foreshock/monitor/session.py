@@ -43,7 +43,6 @@ from foreshock.monitor.ranks import Ranks
 from foreshock.monitor.sampling import Cadence
 from foreshock.monitor.scalars import (
     GradientNorms,
-    OptimizerTensors,
     Parameters,
     Value,
     learning_rate,
@@ -57,6 +56,7 @@ from foreshock.monitor.settings import (
     default_url,
 )
 from foreshock.monitor.sinks import Sink
+from foreshock.monitor.states import OptimizerTensors
 from foreshock.monitor.stepping import OptimizerHooks
 from foreshock.monitor.steps import Losses, Step, closing_events, planned_event, snapshot_of
 from foreshock.monitor.whatif import what_if_of
@@ -241,8 +241,9 @@ class Watch:
             self._gradients = GradientNorms(names, self._guard)
             undo.callback(self._gradients.detach)
             self._parameters = Parameters(names)
-            wants_states = self.settings.optimizer_states
-            self._states = OptimizerTensors(self._optimizers, names) if wants_states else None
+            seen = (self._optimizers, names, self._collector, self._guard)
+            self._states = OptimizerTensors(*seen, read=self.settings.optimizer_states)
+            undo.callback(self._states.detach)
             self._stepping = OptimizerHooks(
                 self._optimizers, self._before_optimizer, self._after_optimizers
             )
@@ -307,6 +308,7 @@ class Watch:
             return
         self._hooks.detach()
         self._gradients.detach()
+        self._states.detach()
         self._stepping.detach()
 
     def close(self, timeout: float = 5.0) -> bool:
@@ -385,15 +387,14 @@ class Watch:
                 self._step.scalars["found_inf"] = one_value("found_inf", overflow)
             if self._reads_parameters(self._step):
                 self._parameters.before_step()
-            if self._states is not None and self._step.measured and not again:
-                self._states.gradients(self._collector, optimizer)
+            if not again:
+                self._states.gradients(optimizer)
 
     def _after_optimizers(self) -> None:
         if self._capturing():
             return
-        if self._states is not None and self._step.measured:
-            with self._guard:
-                self._states.moments(self._collector)
+        with self._guard:
+            self._states.moments()
         self._end()
 
     def _look_for_a_skip(self) -> None:

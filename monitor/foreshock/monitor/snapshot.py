@@ -31,10 +31,10 @@ class Snapshot:
         entries: Of the packed group sums, one per tensor that passed by.
         device_entries: Of the packed group device, one per row of the device's buffer.
         probe_entries: Of the packed group probes: plain sums at a step without statistics.
-        channels, blocks, exponents: Identity and width of the channel sums and of the histograms of
-            block scales and of elements.
+        channels, blocks, exponents, mus: Identity and width of the channel sums, of the histograms
+            of block scales and of elements, and of mu's sum and count.
         packed: Groups scalars, losses (one per micro-batch), gradients and parameters (norms),
-            sums, device, probes, channels, blocks, exponents.
+            sums, device, probes, channels, blocks, exponents, mus.
         events: Planned events and the monitor's own.
         kernels: Marks around the kernels of a step whose cost is being measured.
     """
@@ -53,6 +53,7 @@ class Snapshot:
     packed: Packed
     events: tuple[Event, ...]
     kernels: tuple[tuple[torch.cuda.Event, torch.cuda.Event], ...] = ()
+    mus: tuple[tuple[TensorIdentity, int], ...] = ()
 
     def emptied(self) -> Snapshot:
         """What is left of a step for which there was no room: its number."""
@@ -66,6 +67,7 @@ class Snapshot:
             channels=(),
             blocks=(),
             exponents=(),
+            mus=(),
             packed=Packed(self.packed.names, (0,) * len(self.packed.names), None, None),
             events=(),
             kernels=(),

@@ -107,6 +107,7 @@ def snapshot_of(step: Step, device: torch.device) -> Snapshot:
         "channels": list(taken.channels.values()),
         "blocks": list(taken.blocks.values()),
         "exponents": list(taken.exponents.values()),
+        "mus": list(taken.mus.values()),
     }
     return Snapshot(
         step=step.number,
@@ -124,6 +125,7 @@ def snapshot_of(step: Step, device: torch.device) -> Snapshot:
         channels=tuple((identity, c.numel()) for identity, c in taken.channels.items()),
         blocks=tuple((identity, b.numel()) for identity, b in taken.blocks.items()),
         exponents=tuple((identity, e.numel()) for identity, e in taken.exponents.items()),
+        mus=tuple((identity, m.numel()) for identity, m in taken.mus.items()),
         packed=pack(groups, device),
         events=tuple(step.events),
         kernels=tuple(taken.kernels),

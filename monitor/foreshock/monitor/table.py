@@ -25,7 +25,7 @@ NEUTRAL: Final = np.array(
 )
 _OBSERVATIONS: Final = FIELDS.index("observations")
 _NONFINITE: Final = FIELDS.index("nonfinite")
-VECTORS: Final = ("channels", "blocks", "exponents")
+VECTORS: Final = ("channels", "blocks", "exponents", "mus")
 _COLUMNS: Final = {
     how: np.array([i for i, h in enumerate(FIELD_REDUCTIONS.values()) if h == how])
     for how in ("sum", "max", "min")
@@ -41,8 +41,8 @@ class SumTable:
         values: Shape (rows, fields).
         first: First micro-batch with a non-finite element, +inf for none; shape (rows,).
         ranks: Rank that holds the largest magnitude; shape (rows,).
-        vectors: By name (channels, blocks, exponents) and row: channel sums, and histograms of
-            block scales and of elements by power of two.
+        vectors: By name (channels, blocks, exponents, mus) and row: channel sums, histograms of
+            block scales and of elements by power of two, sum and count of the factor mu.
     """
 
     entries: tuple[Entry, ...]

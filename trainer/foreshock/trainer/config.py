@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Final, Literal, TypeVar, get_args
 
 from foreshock.trainer.faults import Fault
+from foreshock.trainer.fp8lm.config import CommunicationConfig, StatesConfig
 
 __all__ = [
     "Architecture",
     "AttentionName",
     "Backend",
+    "CommunicationConfig",
     "DataConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -23,6 +25,7 @@ __all__ = [
     "RunConfig",
     "ScalingName",
     "ScheduleConfig",
+    "StatesConfig",
 ]
 
 Architecture = Literal[
@@ -271,6 +274,8 @@ class RunConfig:
         seed: Of initial weights and data order.
         fault: How the run is broken on purpose, if it is.
         tensor_every: Tensor statistics at every n-th step.
+        states: Formats of gradients, optimizer states and weights: FP8-LM's levels.
+        communication: How FP8 gradients of several processes are summed.
     """
 
     name: str
@@ -283,6 +288,8 @@ class RunConfig:
     seed: int = 0
     fault: Fault | None = None
     tensor_every: int = 4
+    states: StatesConfig = later(StatesConfig())  # noqa: RUF009
+    communication: CommunicationConfig = later(CommunicationConfig())  # noqa: RUF009
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, f"steps is {self.steps}; allowed: 1 or more")

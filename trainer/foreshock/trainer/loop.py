@@ -20,6 +20,7 @@ from foreshock.trainer import checkpoint
 from foreshock.trainer.config import RunConfig
 from foreshock.trainer.data import Corpus, batch, load_corpus
 from foreshock.trainer.faults import BadBatch
+from foreshock.trainer.fp8lm import Fp8AdamW
 from foreshock.trainer.model import Decoder
 from foreshock.trainer.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from foreshock.trainer.schedule import learning_rate
@@ -38,8 +39,8 @@ __all__ = [
 class Watcher(Protocol):
     """What the loop asks of a watch; `foreshock.monitor.Watch` is one."""
 
-    def log(self, *, loss: torch.Tensor) -> object:
-        """Take the loss of the step, a 0-dim tensor on the device."""
+    def log(self, **values: torch.Tensor) -> object:
+        """Take the loss of the step, and what else is known of it: 0-dim tensors on the device."""
 
     def event(self, kind: str, detail: str | None = None) -> object:
         """Note something that happened at this step."""
@@ -203,7 +204,9 @@ class _Run:
         self.corpus = corpus
         torch.manual_seed(config.seed)
         self.model = Decoder(config.model, config.precision)
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.optimizer = make_optimizer(
+            self.model, config.optimizer, config.states, config.communication
+        )
 
     def step(self, step: int, watcher: Watcher | None) -> StepResult:
         began = time.perf_counter()
@@ -217,7 +220,10 @@ class _Run:
         (loss * gain).backward()
         if watcher:
             watcher.log(loss=loss.detach())
-        norm = clip_gradients(self.model, config.optimizer.clip)
+        norm = clip_gradients(self.model, config.optimizer.clip, self.optimizer)
+        if watcher and isinstance(self.optimizer, Fp8AdamW):
+            # Its gradients never stand in .grad, where a watch would find their norm.
+            watcher.log(grad_norm=norm, **self.optimizer.exchange.counts())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         per_step = config.data.batch_size * config.data.sequence_length

@@ -88,6 +88,8 @@ class _Stack:
         self.configs, self.corpus, self.device = tuple(configs), corpus, device
         if int(corpus.tokens.max()) >= configs[0].model.vocabulary:
             raise ValueError(f"{corpus.name} holds bytes that model.vocabulary does not reach")
+        if any(config.states.level != "O0" for config in configs):
+            raise ValueError("a stack keeps float32 states: states.level is O0; train alone for O1")
         self.model = _stacked_model(configs).to(device)
         self.optimizer = StackedAdamW(self.model, [config.optimizer for config in configs])
         self.statistics = StackStatistics(self.model, [config.precision for config in configs])

@@ -288,8 +288,8 @@ class RunConfig:
     seed: int = 0
     fault: Fault | None = None
     tensor_every: int = 4
-    states: StatesConfig = later(StatesConfig())  # noqa: RUF009
-    communication: CommunicationConfig = later(CommunicationConfig())  # noqa: RUF009
+    states: StatesConfig = later(StatesConfig())
+    communication: CommunicationConfig = later(CommunicationConfig())
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, f"steps is {self.steps}; allowed: 1 or more")

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreshock.trainer.fp8lm.config import CommunicationConfig
 from foreshock.trainer.fp8lm.mu import GradientFactor
 from foreshock.trainer.fp8lm.scaled import cast, power_of_two_scale, saturated
 from foreshock.trainer.fp8lm.sums import running_sum
+from foreshock.trainer.states_config import CommunicationConfig
 
 AUTO = CommunicationConfig()
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Final, Literal, TypeVar, get_args
 
 from foreshock.trainer.faults import Fault
-from foreshock.trainer.fp8lm.config import CommunicationConfig, StatesConfig
+from foreshock.trainer.states_config import CommunicationConfig, StatesConfig
 
 __all__ = [
     "Architecture",

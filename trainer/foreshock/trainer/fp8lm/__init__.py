@@ -7,10 +7,10 @@ O1: gradients and their reduction in FP8. O2: optimizer states in FP8 and FP16. 
 sharded and gathered. torch operations only, on any device; GEMMs are `foreshock.trainer.precision`.
 """
 
-from foreshock.trainer.fp8lm.config import CommunicationConfig, Level, StatesConfig
 from foreshock.trainer.fp8lm.levels import fp8_optimizer
 from foreshock.trainer.fp8lm.optimizer import Fp8AdamW
 from foreshock.trainer.fp8lm.weights import ScaledWeight, scale_weights
+from foreshock.trainer.states_config import CommunicationConfig, Level, StatesConfig
 
 __all__ = [
     "CommunicationConfig",

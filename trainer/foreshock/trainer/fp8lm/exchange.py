@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from foreshock.monitor.operands import Observer, Operand
-from foreshock.trainer.fp8lm.config import CommunicationConfig, StatesConfig
 from foreshock.trainer.fp8lm.gradients import GradientStore
 from foreshock.trainer.fp8lm.partition import Piece
 from foreshock.trainer.fp8lm.reduction import GradientReduction, Reduced
 from foreshock.trainer.fp8lm.scaled import Scaled, encode
 from foreshock.trainer.fp8lm.sums import cut
 from foreshock.trainer.fp8lm.transport import Transport
+from foreshock.trainer.states_config import CommunicationConfig, StatesConfig
 
 __all__ = ["GradientExchange"]
 

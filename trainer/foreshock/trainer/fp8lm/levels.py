@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from foreshock.trainer.fp8lm.config import CommunicationConfig, StatesConfig
 from foreshock.trainer.fp8lm.optimizer import Fp8AdamW
 from foreshock.trainer.fp8lm.weights import scale_weights
+from foreshock.trainer.states_config import CommunicationConfig, StatesConfig
 
 __all__ = ["fp8_optimizer", "parameter_groups"]
 

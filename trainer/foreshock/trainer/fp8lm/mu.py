@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foreshock.trainer.fp8lm.config import CommunicationConfig
+from foreshock.trainer.states_config import CommunicationConfig
 
 __all__ = ["GradientFactor"]
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from foreshock.monitor.operands import Observer, Operand
 from foreshock.trainer.fp8lm.adamw import Hyper, updated
-from foreshock.trainer.fp8lm.config import CommunicationConfig, StatesConfig
 from foreshock.trainer.fp8lm.exchange import GradientExchange
 from foreshock.trainer.fp8lm.scaled import Scaled
 from foreshock.trainer.fp8lm.sharding import Sharding
 from foreshock.trainer.fp8lm.states import StateCodec
 from foreshock.trainer.fp8lm.transport import Transport
 from foreshock.trainer.fp8lm.weights import ScaledWeight
+from foreshock.trainer.states_config import CommunicationConfig, StatesConfig
 
 __all__ = ["Fp8AdamW"]
 

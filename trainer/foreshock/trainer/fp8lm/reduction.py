@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foreshock.trainer.fp8lm.config import CommunicationConfig
 from foreshock.trainer.fp8lm.mu import GradientFactor
 from foreshock.trainer.fp8lm.partition import Piece, whole_tensors
 from foreshock.trainer.fp8lm.scaled import (
@@ -26,6 +25,7 @@ from foreshock.trainer.fp8lm.scaled import (
 )
 from foreshock.trainer.fp8lm.sums import add_codes, cut
 from foreshock.trainer.fp8lm.transport import Transport
+from foreshock.trainer.states_config import CommunicationConfig
 
 __all__ = ["GradientReduction", "Reduced"]
 

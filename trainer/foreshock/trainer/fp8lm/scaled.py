@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ __all__ = [
     "DTYPES",
     "BlockScaled",
     "Scaled",
-    "StateFormat",
     "amax_of",
     "cast",
     "encode",
@@ -27,8 +26,6 @@ __all__ = [
     "power_of_two_scale",
     "saturated",
 ]
-
-StateFormat = Literal["e4m3", "e5m2", "fp16", "bf16", "fp32"]
 
 DTYPES: Final = {
     "e4m3": torch.float8_e4m3fn,

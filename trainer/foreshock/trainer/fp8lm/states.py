@@ -16,13 +16,13 @@ from foreshock.trainer.fp8lm.expansion import Expanded, expand
 from foreshock.trainer.fp8lm.scaled import (
     DTYPES,
     BlockScaled,
-    StateFormat,
     amax_of,
     cast,
     encode,
     encode_blocks,
     power_of_two_scale,
 )
+from foreshock.trainer.states_config import StateFormat
 
 __all__ = ["StateCodec", "stochastic_fp16"]
 

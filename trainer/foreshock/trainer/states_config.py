@@ -1,14 +1,16 @@
-"""What a run keeps in low precision, and how it sums gradients over processes."""
+"""What a run keeps in low precision, and how it sums gradients over processes.
+
+Apart from `fp8lm`, which needs torch: the command line reads configurations where there is none.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from foreshock.trainer.fp8lm.scaled import StateFormat
+__all__ = ["CommunicationConfig", "Level", "StateFormat", "StatesConfig"]
 
-__all__ = ["CommunicationConfig", "Level", "StatesConfig"]
-
+StateFormat = Literal["e4m3", "e5m2", "fp16", "bf16", "fp32"]
 Level = Literal["O0", "O1", "O2", "O3"]
 """FP8-LM's levels: O0 none, O1 gradients and their reduction, O2 optimizer states too, O3 weights
 too."""

@@ -92,7 +92,10 @@ def settled(prometheus: Prometheus, service: Service, step: int) -> None:
     """Wait until a step is stored, scored and scraped."""
     newest = f'foreshock_step{{run="{NAME}"}}'
     stored = f"/api/v1/runs/{NAME}"
-    wait(f"step {step}", lambda: get(service.client, stored)["last_step"] >= step)
+    wait(
+        "the run", lambda: service.client.get(stored).is_success
+    )  # it is announced beside the training
+    wait(f"step {step}", lambda: (get(service.client, stored)["last_step"] or 0) >= step)
     last = get(service.client, stored)["last_step"]
     wait("its risk", lambda: get(service.client, f"{stored}/risk")["step"] == last)
     wait("the scrape", lambda: prometheus.ask(newest) == {labels(): last})

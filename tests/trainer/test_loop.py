@@ -25,9 +25,9 @@ class Ear:
         self.model, self.optimizer = model, optimizer
         self.heard: list[tuple[str, object]] = []
 
-    def log(self, **values: torch.Tensor) -> None:
+    def log(self, **values: torch.Tensor | float) -> None:
         for name, value in values.items():
-            assert not value.requires_grad
+            assert not isinstance(value, torch.Tensor) or not value.requires_grad
             self.heard.append((name, float(value)))
 
     def event(self, kind: str, detail: str | None = None) -> None:

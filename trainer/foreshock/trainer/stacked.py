@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foreshock.monitor.record import StatisticColumns, TensorIdentity
 from foreshock.trainer.config import RunConfig
-from foreshock.trainer.data import Corpus, batch, load_corpus
+from foreshock.trainer.data import Corpus, batch, corpus_of
 from foreshock.trainer.faults import BadBatch
 from foreshock.trainer.model import Decoder
 from foreshock.trainer.schedule import learning_rate
@@ -70,7 +70,7 @@ def train_stack(
         ValueError: The runs do not fit into one stack, or the text does not fit the model.
     """
     _check_alike(configs)
-    stack = _Stack(configs, corpus or load_corpus(configs[0].data.folder), torch.device(device))
+    stack = _Stack(configs, corpus or corpus_of(configs[0].data), torch.device(device))
     return (stack.step(step) for step in range(configs[0].steps))
 
 
@@ -86,7 +86,7 @@ def _check_alike(configs: Sequence[RunConfig]) -> None:
 class _Stack:
     def __init__(self, configs: Sequence[RunConfig], corpus: Corpus, device: torch.device) -> None:
         self.configs, self.corpus, self.device = tuple(configs), corpus, device
-        if int(corpus.tokens.max()) >= configs[0].model.vocabulary:
+        if int(corpus.tokens.numpy().max()) >= configs[0].model.vocabulary:
             raise ValueError(f"{corpus.name} holds bytes that model.vocabulary does not reach")
         if any(config.states.level != "O0" for config in configs):
             raise ValueError("a stack keeps float32 states: states.level is O0; train alone for O1")

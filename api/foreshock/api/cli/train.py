@@ -65,7 +65,7 @@ def train(
     """Train one recipe; see `_HELP`."""
     extras.require("trainer")
     config = _config(recipe, steps=steps, seed=seed, name=name, data=data)
-    from foreshock.trainer.data import load_corpus
+    from foreshock.trainer.data import corpus_of
     from foreshock.trainer.loop import CheckpointPolicy
     from foreshock.trainer.loop import train as train_run
     from foreshock.trainer.watched import watched as make_watch
@@ -73,7 +73,7 @@ def train(
     if resume and checkpoints is None:
         _fail("--resume needs --checkpoints FOLDER")
     try:
-        corpus = load_corpus(config.data.folder)
+        corpus = corpus_of(config.data)
     except ValueError as error:
         _fail(str(error))
     policy = CheckpointPolicy(folder=checkpoints, resume=resume) if checkpoints else None

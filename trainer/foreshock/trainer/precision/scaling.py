@@ -157,6 +157,19 @@ class Scaling(nn.Module):
             following = torch.where(self._fault_hit, self.scale, following)
         self.scale = following
 
+    def adopt(self, history: Tensor, otherwise: Tensor) -> None:
+        """Take an amax history that several processes agree on, and the delayed scale it gives.
+
+        Args:
+            history: Shape of `history`.
+            otherwise: The scale where the history is zero or not finite, shape lead.
+        """
+        if self._all_current or self._fault_hit is not None:
+            return
+        self.history = history.masked_fill(~self.valid, 0.0)
+        following = _scale_of(self.history.amax(-1), self.gain, otherwise)
+        self.scale = torch.where(self.current, self.scale, following)
+
     def extra_repr(self) -> str:
         """Format and recipe, for the audit that `print(model)` is."""
         recipe = "current" if self._all_current else f"delayed, history={self.history.shape[-1]}"

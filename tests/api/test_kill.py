@@ -10,6 +10,8 @@ import pytest
 from tests.api.client_log import kill_and_count
 
 
+# In make test `test_shards` and `test_collect_relay` kill; this takes most of a minute.
+@pytest.mark.long
 def test_nothing_acknowledged_is_lost_and_nothing_is_there_twice(tmp_path: Path) -> None:
     tally = kill_and_count(tmp_path, kills=3, seed=7)
     assert tally.exactly_once, tally

@@ -90,7 +90,9 @@ def scalars_of(steps: list[StackStep], name: str) -> Any:
     return np.array([step.scalars[name] for step in steps])
 
 
-@pytest.mark.parametrize("architecture", ["llama3", "fog_max"])
+@pytest.mark.parametrize(
+    "architecture", [pytest.param("llama3", marks=pytest.mark.long), "fog_max"]
+)
 def test_stack_does_what_its_runs_do_alone(architecture: Architecture, corpus: Corpus) -> None:
     configs = configs_of(architecture, steps=50)
     steps = list(train_stack(configs, corpus=corpus))

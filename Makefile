@@ -55,6 +55,7 @@ bench: setup-dev
 	$(BIN)/python -m benchmarks.page_latency
 	$(BIN)/python -m benchmarks.page_latency --long --times 20
 	$(BIN)/python -m benchmarks.compare_seeds
+	$(BIN)/python -m benchmarks.architectures --steps 150
 	$(BIN)/python -m benchmarks.faults --kills 100
 	$(BIN)/python -m benchmarks.demo_seeds
 

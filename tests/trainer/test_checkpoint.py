@@ -14,6 +14,7 @@ from foreshock.trainer.config import OptimizerConfig, PrecisionConfig, RunConfig
 from foreshock.trainer.faults import Fault, OutlierRamp, ScaleFault
 from foreshock.trainer.loop import CheckpointPolicy, RunResult, StepResult, train
 from foreshock.trainer.recipes import debug_cpu
+from foreshock.trainer.states_config import Level, StatesConfig
 
 DELAYED = PrecisionConfig(backend="emulated", scaling="delayed", history=4)
 
@@ -79,6 +80,27 @@ def test_checkpoint_of_another_run_is_refused_and_says_what_differs(tmp_path: Pa
         train(other, checkpoints=policy)
     renamed = train(replace(debug_cpu(), name="other-name"), checkpoints=policy)
     assert renamed.steps[0].step == 10
+
+
+def test_a_field_that_an_old_checkpoint_does_not_know_is_named(tmp_path: Path) -> None:
+    _half(debug_cpu(), tmp_path)
+    path = checkpoint.latest(tmp_path)
+    assert path is not None
+    content = torch.load(path, weights_only=True)
+    del content["config"]["states"]
+    torch.save(content, path)
+    other = replace(debug_cpu(), states=StatesConfig(level="O2"))
+    with pytest.raises(CheckpointError, match=r"states\.level is 'O0' there and 'O2' here"):
+        train(other, checkpoints=CheckpointPolicy(folder=tmp_path, resume=True))
+
+
+@pytest.mark.parametrize("level", ["O2", "O3"])
+def test_codes_and_scales_of_narrow_states_resume_exactly(level: Level, tmp_path: Path) -> None:
+    config = replace(debug_cpu(), states=StatesConfig(level=level))
+    whole = train(config)
+    _half(config, tmp_path)
+    rest = train(config, checkpoints=CheckpointPolicy(folder=tmp_path, resume=True))
+    assert _values(rest) == _values(whole)[10:]
 
 
 def test_another_text_is_refused(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Page:
     Attributes:
         step: At which record.
         kind: forecast or detection.
-        probability: Within the horizon that the model alarms on; None for a detection without one.
+        probability: Within the longest horizon that has an answer; None without a forecast.
         outcome: in time, late or in vain.
         lead_steps, lead_tokens, lead_hours: From the page to the onset, negative when late; None
             in vain or where not known.
@@ -273,8 +273,10 @@ def replay(tracks: Sequence[Track], policy: ReplayPolicy) -> Replay:
             it.
 
     Raises:
-        ValueError: A weekly budget, and no record tells the time.
+        ValueError: No track, or a weekly budget and no record tells the time.
     """
+    if not tracks:
+        raise ValueError("nothing to replay: no record in what was given")
     weeks = _weeks(tracks)
     factors = np.geomspace(0.25, 64.0, _GRID)
     labels = [_label(t) for t in tracks]
@@ -366,7 +368,7 @@ def _page(t: Track, index: int, kind: RiskKind, label: _Label) -> Page:
         page,
         outcome="in time" if lead > 0 else "late",
         lead_steps=lead,
-        lead_tokens=None if math.isnan(tokens) else tokens,
+        lead_tokens=tokens if math.isfinite(tokens) else None,
         lead_hours=None if math.isnan(seconds) else seconds / 3600,
     )
 
@@ -422,6 +424,8 @@ def _share_interval(hits: int, events: int) -> tuple[float, float]:
 
 def _choose(curve: Sequence[Budget], wanted: float, weeks: float) -> tuple[float, tuple[str, ...]]:
     """The smallest factor from which on the budget is kept."""
+    if not weeks:
+        return 1.0, ("no time passes in these records: the factor is the model's own",)
     factor = curve[-1].factor
     for step in reversed(curve):
         if step.vain_per_week is None or step.vain_per_week > wanted:

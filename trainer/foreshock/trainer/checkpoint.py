@@ -116,6 +116,7 @@ def _difference(content: dict[str, Any], config: RunConfig) -> str:
     """Which fields differ, as `field: theirs, here ours`."""
     theirs, ours = _flat(content["config"]), _flat(config.as_dict())
     # A field that is missing there came later, and stands at its default for that run.
+    theirs = _flat(RunConfig(name="").as_dict()) | theirs
     told = [f for f in theirs if f.split(".")[0] not in ("name", "execution", "evaluation")]
     fields = [f for f in told if theirs[f] != ours.get(f)]
     listed = [f"{f} is {theirs.get(f)!r} there and {ours.get(f)!r} here" for f in sorted(fields)]

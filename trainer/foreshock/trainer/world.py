@@ -105,7 +105,7 @@ def _device(config: ExecutionConfig) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(
             "execution.device is cuda and torch sees no CUDA device; "
-            "nvidia-smi and `foreshock doctor` say why, --execution.device=cpu trains without"
+            "nvidia-smi and `foreshock doctor` say why; execution.device cpu trains without one"
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

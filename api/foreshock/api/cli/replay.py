@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -70,7 +70,7 @@ def replay(
         typer.echo(f"foreshock replay: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(json.dumps(_plain(answer.as_dict()), allow_nan=False))
+        typer.echo(json.dumps(answer.as_dict(), allow_nan=False))
     else:
         show(answer)
 
@@ -107,12 +107,3 @@ def _tracks(
                 )
             )
     return tracks
-
-
-def _plain(value: Any) -> Any:
-    """Numbers that JSON has no word for as null."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and value != value else value

@@ -91,6 +91,12 @@ class LayerFaults:
 
     def _check_scaled(self, name: str, models: list[int]) -> None:
         layer = self._layers[name]
+        granularity = layer.operand("input").granularity
+        if granularity != "tensor":
+            raise ValueError(
+                f"a ScaleFault needs one scale per tensor (scaling delayed or current); {name} has "
+                f"one per {granularity}, each made from its own elements"
+            )
         unscaled = layer.bf16_models if isinstance(layer, Fp8Linear) else None
         none_scaled = not isinstance(layer, Fp8Linear)
         if none_scaled or (unscaled is not None and bool(unscaled.reshape(-1)[models].any())):

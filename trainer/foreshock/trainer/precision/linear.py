@@ -139,6 +139,46 @@ class Fp8Linear(GemmLinear):
         unscaled = torch.tensor([p.backend == "bf16" for p in precision]).view(lead)
         mixed = len(emulated) < len(precision)
         self.register_buffer("bf16_models", unscaled if mixed else None, persistent=False)
+        self.in_bf16 = False
+
+    def set_margin(self, margin: int) -> None:
+        """As `Scaling.set_margin`, for all three operands."""
+        for role in ROLES:
+            self.scaling_of(role).set_margin(margin)
+
+    def set_history(self, length: int) -> None:
+        """As `Scaling.set_history`, for all three operands."""
+        for role in ROLES:
+            self.scaling_of(role).set_history(length)
+
+    def to_bf16(self) -> None:
+        """Compute all three GEMMs in bfloat16 from the next forward on.
+
+        Between a step's last backward and the next forward; scale state stays as it is. A
+        checkpoint keeps it.
+        """
+        self.in_bf16 = True
+
+    def to_fp8(self) -> None:
+        """Undo `to_bf16`: from the next forward on operands are cast again.
+
+        Delayed scales are those of before; where tensors grew since, follow it with a margin or
+        let the history fill for some steps.
+        """
+        self.in_bf16 = False
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.in_bf16:
+            destination[prefix + "in_bf16"] = torch.tensor(True)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        self.in_bf16 = bool(state_dict.pop(prefix + "in_bf16", False))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def scaling_of(self, role: str) -> Scaling:
         """Scale state of one operand: where scale faults act."""
@@ -154,13 +194,19 @@ class Fp8Linear(GemmLinear):
         backward to come will use (None under current scaling, where that tensor decides).
         """
         scaling = self.scaling_of(role)
+        if self.in_bf16:
+            return Operand("bf16", None)
         scale = scaling.in_force() if role == "grad_output" else scaling.used
         return Operand(scaling.fp8_format, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), float32."""
         flat = x.reshape(*self.lead, -1, self.in_features)
-        y: Tensor = _QuantizedMatmul.apply(flat, self._gemm_weight(), self)  # type: ignore[no-untyped-call]
+        y: Tensor
+        if self.in_bf16:
+            y = _Bf16Matmul.apply(flat, self._gemm_weight())  # type: ignore[no-untyped-call]
+        else:
+            y = _QuantizedMatmul.apply(flat, self._gemm_weight(), self)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], self.out_features)
 
     def cast_operand(self, role: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +225,8 @@ class Fp8Linear(GemmLinear):
 
     def extra_repr(self) -> str:
         """Sizes and recipe; formats and scaling stand on the lines of the children."""
-        return f"{super().extra_repr()}, emulated fp8"
+        state = " (now in bf16)" if self.in_bf16 else ""
+        return f"{super().extra_repr()}, emulated fp8{state}"
 
 
 class _Bf16Matmul(torch.autograd.Function):

@@ -6,6 +6,7 @@ One object serves one tensor or a stack of models, one scale each. It casts noth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class Scaling(nn.Module):
 
     Attributes:
         configured_history: Length of the amax history of each model.
+        configured_margin: Margin of each model.
         scale: Next scale of delayed scaling, last one of current scaling; shape lead, float32.
             While a fault holds a scale, the one of before the fault.
         used: The scale of the latest cast, shape lead.
@@ -66,7 +68,8 @@ class Scaling(nn.Module):
         self.register_buffer("valid", torch.empty(*lead, max(lengths), dtype=torch.bool))
         self.register_buffer("current", torch.tensor(current).view(lead), persistent=False)
         # M / 2^margin, the numerator of a delayed scale.
-        margins = torch.tensor([float(2.0**-c.margin) for c in configs]).view(lead)
+        self.configured_margin = self._first_margin = tuple(c.margin for c in configs)
+        margins = torch.tensor([float(2.0**-m) for m in self.configured_margin]).view(lead)
         self._largest = FORMATS[fp8_format].largest
         self.register_buffer("gain", self._largest * margins, persistent=False)
         self.limit_history(torch.tensor(lengths).view(lead))
@@ -84,6 +87,60 @@ class Scaling(nn.Module):
         """
         positions = torch.arange(self.history.shape[-1], device=self.history.device)
         self.valid = positions < lengths.to(self.history.device).unsqueeze(-1)
+
+    def set_margin(self, margin: int) -> None:
+        """Divide delayed scales by 2^margin from the next cast on; current scales have none.
+
+        Checkpoints keep a margin and a history that were set.
+        """
+        factor = torch.tensor([2.0 ** (m - margin) for m in self.configured_margin])
+        self.configured_margin = (margin,) * len(self.configured_margin)
+        factor = factor.view(self.scale.shape).to(self.scale.device)
+        self.gain = self.gain * factor
+        if not self._any_current:
+            self.scale = self.scale * factor
+        elif not self._all_current:
+            self.scale = torch.where(self.current, self.scale, self.scale * factor)
+
+    def set_history(self, length: int) -> None:
+        """Let scales follow the largest amax of the last `length` casts, from the next cast on.
+
+        What is already forgotten stays so: a longer history fills as casts come.
+
+        Raises:
+            ValueError: The length is below 1.
+        """
+        if length < 1:
+            raise ValueError(f"history is {length}; allowed: 1 or more")
+        if self._all_current:
+            return
+        held = min(length, self.history.shape[-1])
+        kept = torch.where(self.valid, self.history, 0.0)[..., :held]
+        self.history = torch.nn.functional.pad(kept, (0, length - held))
+        self.configured_history = (length,) * len(self.configured_history)
+        lengths = torch.full(self.scale.shape, length, device=self.scale.device)
+        self.limit_history(lengths)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.configured_margin != self._first_margin:
+            destination[prefix + "margin"] = torch.tensor(self.configured_margin)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        # What was set while training is part of the state: a margin, and a history's length.
+        margin = state_dict.pop(prefix + "margin", None)
+        wanted = self._first_margin if margin is None else tuple(int(m) for m in margin)
+        factors = [2.0 ** (a - b) for a, b in zip(self.configured_margin, wanted, strict=True)]
+        gain = torch.tensor(factors).view(self.gain.shape).to(self.gain.device)
+        self.gain, self.configured_margin = self.gain * gain, wanted
+        history = state_dict.get(prefix + "history")
+        if history is not None and history.shape[-1] != self.history.shape[-1]:
+            self.set_history(history.shape[-1])
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def break_scale(self, factor: Tensor | None, inverse: Tensor | None = None) -> None:
         """Let scales no longer follow the amax (a fault), until called again.

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 from foreshock.monitor import Watch
 from foreshock.monitor.clock import Clock
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 from foreshock.monitor.notices import MOST_MICRO_BATCHES, MOST_SKIPS
 from tests.monitor.models import Recorder, folder_of, row, tiny, train
 
@@ -262,7 +262,7 @@ def test_a_bad_value_costs_no_record(
     bad: object,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("foreshock.monitor.guard._UNDER_TEST", False)
+    monkeypatch.setattr("foreshock.monitor.containment._UNDER_TEST", False)
     optimizer = sgd(model)
     with start(model, optimizer) as watch:
         for _ in range(2):
@@ -396,7 +396,7 @@ def test_a_secret_with_a_line_break(
 def test_time_inside_is_never_more_than_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    guard = Guard("test")
+    guard = Containment("test")
     clock = Clock(guard)
     clock.start()
     with guard:

@@ -355,7 +355,7 @@ def test_a_failing_monitor_does_not_stop_training(
     expected = train(plain, plain_optimizer)
     model, optimizer = tiny()
     monkeypatch.setattr("foreshock.monitor.batching.packed_sums", broken)
-    monkeypatch.setattr("foreshock.monitor.guard._UNDER_TEST", False)
+    monkeypatch.setattr("foreshock.monitor.containment._UNDER_TEST", False)
     with caplog.at_level(logging.WARNING), start(model, optimizer) as w:
         assert train(model, optimizer) == expected
         w.log(loss=torch.ones(3))
@@ -380,7 +380,7 @@ def test_a_failing_sink_hurts_nobody_else(
     def broken(_: pa.RecordBatch) -> None:
         raise RuntimeError("sink")
 
-    monkeypatch.setattr("foreshock.monitor.guard._UNDER_TEST", False)
+    monkeypatch.setattr("foreshock.monitor.containment._UNDER_TEST", False)
     model, optimizer = tiny()
     with start(model, optimizer, sinks=[broken, recorder]) as w:
         train(model, optimizer, steps=2)

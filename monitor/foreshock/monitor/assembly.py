@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from foreshock.monitor.budget import Budget, Plan, PlanBook
+from foreshock.monitor.containment import Containment
 from foreshock.monitor.forensics import NonfiniteWatch
-from foreshock.monitor.guard import Guard
 from foreshock.monitor.rank_reports import Reporter
 from foreshock.monitor.ranks import Ranks, RanksLost
 from foreshock.monitor.record import (
@@ -70,13 +70,13 @@ class Assembler:
         self._shares = {} if shares is None else shares
         self._nonfinite = NonfiniteWatch(rank)
         self._columns: tuple[tuple[TensorIdentity, ...], IdentityColumns] | None = None
-        self._guard = Guard("exchange with the other processes")
+        self._guard = Containment("exchange with the other processes")
         self._plans = plans or PlanBook(Plan())
         self._budget = budget
         self._kernel_seconds = 0.0
 
     @property
-    def guard(self) -> Guard:
+    def guard(self) -> Containment:
         """Where failures of the exchange are counted."""
         return self._guard
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 
 __all__ = ["Clock"]
 
@@ -16,7 +16,7 @@ class Clock:
         guard: Around every hook.
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Containment) -> None:
         self._guard = guard
         self._mark: float | None = None
         self._guarded = 0.0

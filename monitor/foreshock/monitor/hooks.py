@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from foreshock.monitor import ops
 from foreshock.monitor.collector import Collector
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 from foreshock.monitor.layers import Adapter, HookContext, adapters
 from foreshock.monitor.layers.adapter import Hook
 from foreshock.monitor.notices import MOST_MICRO_BATCHES
@@ -183,7 +183,7 @@ class ModelHooks:
         model: nn.Module,
         layers: Mapping[str, tuple[nn.Module, Adapter]],
         collector: Collector,
-        guard: Guard,
+        guard: Containment,
         *,
         callbacks: Callbacks,
     ) -> None:

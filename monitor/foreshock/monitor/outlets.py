@@ -12,7 +12,7 @@ from torch import nn
 
 from foreshock.monitor.assembly import Assembler
 from foreshock.monitor.budget import Budget, PlanBook
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 from foreshock.monitor.placement import replicas
 from foreshock.monitor.rank_reports import Reporter
 from foreshock.monitor.ranks import Ranks
@@ -68,7 +68,7 @@ class Outlets:
         placed: Placed,
         *,
         plans: PlanBook,
-        guard: Guard,
+        guard: Containment,
     ) -> None:
         self._spool: Spool | None = None
         self._shipper: Shipper | None = None

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import httpx
 
 from foreshock.monitor.certificates import verification
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 from foreshock.monitor.record import StepReport, compress, encode_reports
 
 __all__ = ["ReportSender"]
@@ -71,7 +71,7 @@ class ReportSender:
         self._interval = interval
         self._most = most_reports
         self.dropped = 0
-        self.guard = Guard("reports")
+        self.guard = Containment("reports")
         self._waiting: list[StepReport] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 from foreshock.monitor.placement import PLAIN, local_of
 
 __all__ = [
@@ -124,7 +124,7 @@ class GradientNorms:
     parameter it is the local shard's norm.
     """
 
-    def __init__(self, names: Mapping[nn.Parameter, str], guard: Guard) -> None:
+    def __init__(self, names: Mapping[nn.Parameter, str], guard: Containment) -> None:
         # By parameter name; the last of two for the same one counts.
         self._norms: list[Norms] = []
         self._captured = Norms()

@@ -25,7 +25,7 @@ from foreshock.monitor.attach import Trained, all_of, forget_compiled, ranks, tr
 from foreshock.monitor.budget import PlanBook, first_plan
 from foreshock.monitor.clock import Clock
 from foreshock.monitor.collector import Collector, Taken
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 from foreshock.monitor.hooks import (
     Callbacks,
     ModelHooks,
@@ -183,7 +183,7 @@ class Watch:
         self.settings = settings
         self.device = local_of(next(iter(names))).device
         self._scale = LossScale(scaler)
-        self._guard = Guard("training thread")
+        self._guard = Containment("training thread")
         self._plans = PlanBook(first_plan(settings.cadence, settings.budget))
         self._step = self._new_step(settings.first_step)
         self._ended: Step | None = None

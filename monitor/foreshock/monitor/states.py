@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from foreshock.monitor.collector import Collector
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 from foreshock.monitor.operands import DTYPE_FORMATS, ObservableStates, Operand
 
 __all__ = ["OptimizerTensors"]
@@ -40,7 +40,7 @@ class OptimizerTensors:
         optimizers: Sequence[torch.optim.Optimizer],
         names: Mapping[nn.Parameter, str],
         collector: Collector,
-        guard: Guard,
+        guard: Containment,
         *,
         read: bool,
     ) -> None:

@@ -27,7 +27,7 @@ import torch
 from nvdlfw_inspect import api as debug_api
 from nvdlfw_inspect.logging import BaseLogger
 
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 from foreshock.monitor.record import SCHEMA, records_to_table
 from foreshock.monitor.sinks import ClosableSink, Sink
 from foreshock.monitor.te_records import te_record
@@ -160,7 +160,7 @@ class TEStatsLogger(BaseLogger):  # type: ignore[misc]
         names: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.guards = (Guard("Transformer Engine statistics"), Guard("its records"))
+        self.guards = (Containment("Transformer Engine statistics"), Containment("its records"))
         self._watch = watch
         self._sinks = tuple(sinks)
         self._formats, self._names = formats, names

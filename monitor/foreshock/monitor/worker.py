@@ -14,7 +14,7 @@ from typing import Final
 import pyarrow as pa
 
 from foreshock.monitor.assembly import Assembler
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 from foreshock.monitor.record import Event
 from foreshock.monitor.sinks import ClosableSink, Sink
 from foreshock.monitor.snapshot import Snapshot
@@ -56,11 +56,11 @@ class Worker:
         *,
         spool: Spool | None,
         sinks: Sequence[Sink],
-        guards: Sequence[Guard],
+        guards: Sequence[Containment],
         on_sealed: Callable[[], None],
         keeps_place: bool = False,
     ) -> None:
-        self.guard = Guard("worker")
+        self.guard = Containment("worker")
         self._assembler, self._spool, self._sinks = assembler, spool, tuple(sinks)
         self._guards = (*guards, self.guard)
         self._on_sealed = on_sealed

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 from foreshock.monitor.integrations.optimizers import bare, scaler_of
 from foreshock.monitor.layers.adapter import Hook
 from foreshock.monitor.scalars import find_loss
@@ -50,7 +50,7 @@ class ForeshockCallback(TrainerCallback):  # type: ignore[misc]
         self.watch: Watch | None = None
         self._run = run
         self._options = options
-        self._guard = Guard("training thread")
+        self._guard = Containment("training thread")
         self._losses: list[torch.Tensor] = []
         self._factor = 1.0
         self._divided = False

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from foreshock.monitor.collector import Collector
-from foreshock.monitor.guard import Guard
+from foreshock.monitor.containment import Containment
 
 __all__ = ["Adapter", "Hook", "HookContext", "tensors_in"]
 
@@ -45,7 +45,7 @@ class Hook:
 
     def __init__(
         self,
-        guard: Guard,
+        guard: Containment,
         function: Callable[..., None],
         traced: Callable[..., None] | None = None,
         idle: Callable[[], bool] | None = None,
@@ -111,7 +111,7 @@ class HookContext:
     def __init__(
         self,
         collector: Collector,
-        guard: Guard,
+        guard: Containment,
         begins: Callable[[], None],
         begun: Callable[[], bool] = lambda: False,
     ) -> None:

@@ -13,14 +13,14 @@ import time
 from types import TracebackType
 from typing import Self
 
-__all__ = ["Guard"]
+__all__ = ["Containment"]
 
 _LOGGER = logging.getLogger("foreshock.monitor")
 _SECONDS_BETWEEN_LOGS = 60.0
 _UNDER_TEST = "PYTEST_VERSION" in os.environ
 
 
-class Guard:
+class Containment:
     """A context manager around everything that runs inside somebody's training step.
 
     Not reentrant; one instance per thread.

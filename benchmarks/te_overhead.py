@@ -1,6 +1,6 @@
 """Step time of Transformer Engine layers with statistics, divided by step time without.
 
-    python -m benchmarks.te_overhead [--part every|exact|te|plain] [--width 1024] [--freq 10]
+    python -m benchmarks.te_overhead [--part every|where|exact|te|plain] [--width 1024] [--freq 10]
         [--device cpu --tokens 32]
 
 Four te.TransformerLayer (FFN 4 x width, heads of 64), 8,192 tokens as 2 x 4,096, FP8 delayed
@@ -10,6 +10,7 @@ rounds. Debug mode is one per process, so its variants have processes of their o
 model that debug mode leaves alone:
 
 - every: bare, ours at every step and every tenth, torch.compile'd statistics in plain hooks
+- where: bare, and ours off and at the cadence with parts left out, to see what each of them takes
 - exact: bare, and our exact path at every --freq'th step
 - te: bare, and Transformer Engine's LogFp8TensorStats and LogTensorStats at every step
 - plain: a transformer of nn.Linear of the same size: bare, ours, and trainscope if it is installed
@@ -30,7 +31,7 @@ from torch import nn
 
 from benchmarks.monitor_overhead import Transformer
 from benchmarks.timing import milliseconds
-from foreshock.monitor import te_exact, watch
+from foreshock.monitor import Watch, te_exact, watch
 
 BATCH, TOKENS, LAYERS = 2, 4096, 4
 
@@ -149,8 +150,10 @@ def nothing(*_: object) -> tuple[Callable[[], object], ...]:
     return (lambda: None, lambda: None)
 
 
-def ours(every: int, detail: int = 10) -> Callable[..., tuple[Callable[[], object], ...]]:
-    """Our watch, at every n-th step, in detail at every so many."""
+def ours(
+    every: int, detail: int = 10, without: Callable[[Watch], object] = lambda _: None
+) -> Callable[..., tuple[Callable[[], object], ...]]:
+    """Our watch, at every n-th step, in detail at every so many, without a part of it."""
 
     def attach(
         model: nn.Module, optimizer: torch.optim.Optimizer
@@ -159,6 +162,7 @@ def ours(every: int, detail: int = 10) -> Callable[..., tuple[Callable[[], objec
         w = watch(
             model, optimizer, run="bench", spool=folder, tensor_every=every, detail_every=detail
         )
+        without(w)
 
         def close() -> None:
             w.flush()
@@ -168,6 +172,37 @@ def ours(every: int, detail: int = 10) -> Callable[..., tuple[Callable[[], objec
         return (lambda: None, close)
 
     return attach
+
+
+def no_worker(w: Watch) -> None:
+    """Steps end in the training thread."""
+    w._outlets.submit = lambda snapshot: None  # type: ignore[method-assign]
+
+
+def no_gradients(w: Watch) -> None:
+    """No norm of gradients, and no hook for it."""
+    w._gradients.detach()
+
+
+def no_layers(w: Watch) -> None:
+    """No hook on a layer."""
+    for _, handles in w._hooks._layers.values():
+        for handle in handles:
+            handle.remove()
+
+
+def parts_left_out(width: int) -> list[Variant]:
+    """What the parts take."""
+    never = 10**9
+    return [
+        te_variant("bare", width, nothing),
+        te_variant("off the cadence", width, ours(never)),
+        te_variant("the same without the worker", width, ours(never, without=no_worker)),
+        te_variant("the same without gradients' norms", width, ours(never, without=no_gradients)),
+        te_variant("the same without layers' hooks", width, ours(never, without=no_layers)),
+        te_variant("every step", width, ours(1)),
+        te_variant("the same without the worker", width, ours(1, without=no_worker)),
+    ]
 
 
 def one_pass(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -318,6 +353,8 @@ def variants(part: str, width: int, freq: int) -> list[Variant]:
         return exact_variants(width, freq)
     if part == "te":
         return te_variants(width)
+    if part == "where":
+        return parts_left_out(width)
     found = [
         te_variant("bare", width, nothing),
         te_variant("ours every step", width, ours(1)),
@@ -351,7 +388,9 @@ def profile(variant: Variant, steps: int = 3) -> None:
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("every", "exact", "te", "plain"), default="every")
+    parser.add_argument(
+        "--part", choices=("every", "where", "exact", "te", "plain"), default="every"
+    )
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--freq", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=11)

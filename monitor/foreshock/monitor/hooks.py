@@ -13,13 +13,13 @@ from weakref import ref
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from foreshock.monitor import ops
 from foreshock.monitor.collector import Collector
 from foreshock.monitor.containment import Containment
 from foreshock.monitor.layers import Adapter, HookContext, adapters
-from foreshock.monitor.layers.adapter import Hook
+from foreshock.monitor.layers.adapter import Handle, Hook, Switched
 from foreshock.monitor.notices import MOST_MICRO_BATCHES
 from foreshock.monitor.placement import is_batched
 from foreshock.monitor.scalars import find_loss
@@ -204,7 +204,12 @@ class ModelHooks:
             ),
         ]
         # Weakly: a layer that the model has let go of must not stay in memory.
-        self._layers: dict[str, tuple[ref[nn.Module], Sequence[RemovableHandle]]] = {}
+        self._layers: dict[str, tuple[ref[nn.Module], Sequence[Handle]]] = {}
+        self._switched: list[Switched] = []
+        self._on = True
+        # Whether the model's forward tells of passes; without it the layers' hooks must.
+        self._heard = False
+        self._compiled = False
         try:
             self.attach_new(layers)
         except BaseException:
@@ -226,12 +231,22 @@ class ModelHooks:
                 handle.remove()
             self._layers[name] = ref(module), adapter.attach(name, module, self._context)
             new.append(name)
+        of_layers = (handle for _, handles in self._layers.values() for handle in handles)
+        self._switched = [handle for handle in of_layers if isinstance(handle, Switched)]
+        self._on = True
         return new
 
     def start_step(self) -> None:
         """Begin the next step."""
         self._begun = False
         self._context.new_micro_batch()
+        self._switch(on=self._collector.wants or not self._heard or self._compiled)
+
+    def _switch(self, *, on: bool) -> None:
+        if on != self._on:
+            self._on = on
+            for handle in self._switched:
+                handle.switch(on=on)
 
     def micro_batch(self) -> None:
         """A micro-batch begins; from now on the model's forward no longer says so."""
@@ -247,7 +262,12 @@ class ModelHooks:
         self._collector.stop()
 
     def _model_begins(self, module: nn.Module, args: object, kwargs: object) -> None:
+        # A graph that is captured or compiled now is run at steps that look.
+        self._compiled = self._compiled or get_eval_frame_callback() is not None
+        if not self._on and (self._compiled or self._collector.recording):
+            self._switch(on=True)
         if self._context.model_begins(module) and not self._told:
+            self._heard = True
             self._start_micro_batch()
 
     def _start_micro_batch(self) -> None:

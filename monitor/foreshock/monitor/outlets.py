@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ from foreshock.monitor.spool import Spool
 from foreshock.monitor.worker import Worker
 
 __all__ = ["Outlets", "Placed"]
+
+_LINGER_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,8 @@ class Outlets:
             on_sealed=self._shipper.notify if self._shipper else _nothing,
             # The others wait for this process's part of every step.
             keeps_place=placed.group is not None,
+            # On a CPU a step is long beside what a record takes, and records may come at once.
+            linger=0.0 if placed.device.type == "cpu" else _LINGER_SECONDS,
         )
 
     def _open_spool(

@@ -5,13 +5,14 @@ Reads parameters and gradients and writes nothing. Reads no value on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Final
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from foreshock.monitor.containment import Containment
 from foreshock.monitor.placement import PLAIN, local_of
@@ -29,6 +30,9 @@ __all__ = [
 ]
 
 Value = torch.Tensor | float
+
+# A run whose passes open ever anew is told of every gradient.
+_MOST_SURPRISES: Final = 8
 
 SAMPLED_ELEMENTS: Final = 4096
 """At most this many elements of each parameter stand for it in `update_ratio`."""
@@ -122,6 +126,10 @@ class GradientNorms:
     A hook on each parameter notes that a gradient has come; when the backward pass is over, all of
     them are measured together. The last pass of the step holds the whole gradient. Of a sharded
     parameter it is the local shard's norm.
+
+    Whose gradient comes first in a pass asks to be called at its end. After a step it is known
+    which these are, and the others' hooks run no Python from then on: they are the `append` of a
+    list. If another one opens a pass, the optimizer's step finds that, and a step is learnt from.
     """
 
     def __init__(self, names: Mapping[nn.Parameter, str], guard: Containment) -> None:
@@ -134,11 +142,14 @@ class GradientNorms:
         self._guard = guard
         self._names = names
         self._held: torch.Tensor | None = None
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+        # Those whose gradients came first in a pass.
+        self._openers: set[torch.Tensor] = set()
+        self._learnt, self._surprises = False, 0
+        self._handles = {
+            parameter: _hooked(parameter, self._accumulated)
             for parameter in names
             if parameter.requires_grad
-        ]
+        }
 
     def norms(self) -> Norms:
         """Of the step so far, in the order of the last backward pass.
@@ -160,20 +171,26 @@ class GradientNorms:
     def use(self) -> bool:
         """An optimizer is about to step: whether what came, if it did, is still there for it."""
         there = not self.thrown_away
+        if self._came:
+            self._measure()
+            self._surprises += 1
+            self._let_tell(self._handles)
+        elif not self._learnt and self._openers and self._surprises < _MOST_SURPRISES:
+            self._let_tell(self._openers)
         self._held = None
         return there
 
     def start_step(self) -> None:
         """Forget the step that ended."""
         self._norms = []
-        self._came = []
+        self._came.clear()
         self._held = None
 
     def detach(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
-        self._handles = []
+        self._handles = {}
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
         # Called for every parameter in every backward pass: nothing here may cost anything.
@@ -181,9 +198,18 @@ class GradientNorms:
         backward = torch._C._current_graph_task_id()
         if not self._came or backward != self._backward:
             self._backward = backward
+            self._openers.add(parameter)
             with self._guard:
                 _at_end_of_backward(self._backward_ends)
         self._came.append(parameter)
+
+    def _let_tell(self, some: Container[torch.Tensor]) -> None:
+        """Hooks in Python for these, and for all others what costs least."""
+        self._learnt = some is self._openers
+        for parameter, handle in self._handles.items():
+            handle.remove()
+            tells = self._accumulated if parameter in some else self._came.append
+            self._handles[parameter] = _hooked(parameter, tells)
 
     def _backward_ends(self) -> None:
         # Data-parallel wrappers finish their reductions in such a callback too; once more to the
@@ -192,9 +218,12 @@ class GradientNorms:
 
     def _measure(self) -> None:
         with self._guard, torch.no_grad():
-            came, self._came = self._came, []
+            came = self._came.copy()
+            self._came.clear()
             # A parameter may have come in two passes, one of which raised.
-            held = [p for p in dict.fromkeys(came) if p.grad is not None]
+            if not self._same(came):
+                came = list(dict.fromkeys(came))
+            held = [p for p in came if p.grad is not None]
             if not held:
                 return
             self._held = held[0]
@@ -207,12 +236,19 @@ class GradientNorms:
 
     def _names_of(self, parameters: list[torch.Tensor]) -> tuple[str, ...]:
         """Names in order; they are the same in every step, or nearly."""
-        known, names = self._known
-        same = len(known) == len(parameters) and all(map(is_, known, parameters))
-        if not same:
+        if not self._same(parameters):
             names = tuple(self._names[p] for p in parameters if isinstance(p, nn.Parameter))
             self._known = (parameters, names)
-        return names
+        return self._known[1]
+
+    def _same(self, parameters: list[torch.Tensor]) -> bool:
+        known = self._known[0]
+        return len(known) == len(parameters) and all(map(is_, known, parameters))
+
+
+def _hooked(parameter: nn.Parameter, function: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(function)  # type: ignore[no-untyped-call]
+    return handle
 
 
 def _last_of_each(several: Sequence[Norms]) -> Norms:

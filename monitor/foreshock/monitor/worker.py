@@ -6,8 +6,8 @@ the shipper's thread.
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -25,6 +25,8 @@ __all__ = ["Worker"]
 # A worker this far behind is stuck, in a sink or on a disk; then steps are dropped and counted.
 _QUEUE_STEPS: Final = 256
 _IDLE_SECONDS: Final = 0.25
+# Where it lingers, it takes this many steps together at most.
+_TOGETHER: Final = 8
 
 
 class _Flush(threading.Event):
@@ -48,6 +50,9 @@ class Worker:
         on_sealed: Called when there is a batch to ship.
         keeps_place: Whether a step that is dropped must still be gone through, because other
             processes wait for this one's part of it.
+        linger: Seconds that a step may wait for others. A thread that wakes up takes the
+            interpreter from the training, each time it starts and stops; several steps at once
+            cost that once.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Worker:
         guards: Sequence[Containment],
         on_sealed: Callable[[], None],
         keeps_place: bool = False,
+        linger: float = 0.0,
     ) -> None:
         self.guard = Containment("worker")
         self._assembler, self._spool, self._sinks = assembler, spool, tuple(sinks)
@@ -66,21 +72,22 @@ class Worker:
         self._on_sealed = on_sealed
         self._dropped = 0
         self._keeps_place = keeps_place
-        self._queue: queue.Queue[Snapshot | _Flush | None] = queue.Queue(
-            0 if keeps_place else _QUEUE_STEPS
-        )
+        self._waiting: deque[Snapshot | _Flush | None] = deque()
+        self._wake = threading.Event()
+        self._linger = linger
         self._thread = threading.Thread(target=self._run, name="foreshock-worker", daemon=True)
         self._thread.start()
 
     def submit(self, snapshot: Snapshot) -> None:
         """Take a step, or count it as dropped when the worker is far behind. Never waits."""
-        if self._keeps_place and self._queue.qsize() >= _QUEUE_STEPS:
+        if len(self._waiting) >= _QUEUE_STEPS:
             self._dropped += 1
+            if not self._keeps_place:
+                return
             snapshot = snapshot.emptied()
-        try:
-            self._queue.put_nowait(snapshot)
-        except queue.Full:
-            self._dropped += 1
+        self._waiting.append(snapshot)
+        if not self._linger or len(self._waiting) >= _TOGETHER:
+            self._wake.set()
 
     def flush(self, timeout: float) -> bool:
         """Wait until every step taken so far is in a sealed batch and in every sink.
@@ -89,37 +96,35 @@ class Worker:
             False if that took too long, or the disk takes no more.
         """
         request = _Flush()
-        try:
-            self._queue.put(request, timeout=timeout)
-        except queue.Full:
-            return False
+        self._waiting.append(request)
+        self._wake.set()
         return request.wait(timeout) and request.sealed
 
     def close(self, timeout: float) -> bool:
         """Finish what is queued, seal, close the sinks; True if that was done in time."""
-        try:
-            self._queue.put(None, timeout=timeout)
-        except queue.Full:
-            return False
+        self._waiting.append(None)
+        self._wake.set()
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             while True:
-                try:
-                    item = self._queue.get(timeout=_IDLE_SECONDS)
-                except queue.Empty:
+                self._wake.wait(self._linger or _IDLE_SECONDS)
+                # Before looking: what comes from now on wakes it again.
+                self._wake.clear()
+                if not self._waiting:
                     self._seal(only_if_due=True)
-                    continue
-                if item is None:
-                    return
-                if isinstance(item, _Flush):
-                    self._seal(only_if_due=False)
-                    item.sealed = self._spool is None or not self._spool.unsealed
-                    item.set()
-                else:
-                    self._take(item)
+                while self._waiting:
+                    item = self._waiting.popleft()
+                    if item is None:
+                        return
+                    if isinstance(item, _Flush):
+                        self._seal(only_if_due=False)
+                        item.sealed = self._spool is None or not self._spool.unsealed
+                        item.set()
+                    else:
+                        self._take(item)
         finally:
             self._finish()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from foreshock.monitor.collector import Collector
 from foreshock.monitor.containment import Containment
 
-__all__ = ["Adapter", "Hook", "HookContext", "tensors_in"]
+__all__ = ["Adapter", "Handle", "Hook", "HookContext", "Switched", "tensors_in"]
 
 
 def _inert(*_: object) -> None:
@@ -198,6 +199,48 @@ class HookContext:
         return self._begun() and not self.collector.wants
 
 
+class Switched:
+    """A forward hook that is on its module only while something is looked at.
+
+    For layers that torch.compile never traces: a graph made in between would lack it. Costs a
+    module nothing while it is off.
+
+    Args:
+        module: Its layer.
+        hook: As `nn.Module.register_forward_hook` takes it, with keyword arguments.
+    """
+
+    def __init__(self, module: nn.Module, hook: Hook) -> None:
+        # Weakly: a layer that the model has let go of must not stay in memory.
+        self._module = ref(module)
+        self._hook = hook
+        self._handle: RemovableHandle | None = None
+        self._removed = False
+        self.switch(on=True)
+
+    def switch(self, *, on: bool) -> None:
+        """Put the hook on its module, first of all, or take it off."""
+        module = self._module()
+        if on and self._handle is None and module is not None and not self._removed:
+            self._handle = module.register_forward_hook(self._hook, prepend=True, with_kwargs=True)
+        elif not on and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def remove(self) -> None:
+        """Take it off for good."""
+        self.switch(on=False)
+        self._removed = True
+
+
+class Handle(Protocol):
+    """What takes hooks off."""
+
+    def remove(self) -> None:
+        """For good."""
+        ...
+
+
 class Adapter(Protocol):
     """Watches one kind of layer."""
 
@@ -205,9 +248,7 @@ class Adapter(Protocol):
         """Whether the module is of this kind; the first adapter that says so has it."""
         ...
 
-    def attach(
-        self, name: str, module: nn.Module, context: HookContext
-    ) -> Sequence[RemovableHandle]:
+    def attach(self, name: str, module: nn.Module, context: HookContext) -> Sequence[Handle]:
         """Put hooks on the module; the handles take them off."""
         ...
 

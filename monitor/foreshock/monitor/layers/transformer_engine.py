@@ -20,10 +20,9 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from foreshock.monitor import te_exact
-from foreshock.monitor.layers.adapter import HookContext, tensors_in
+from foreshock.monitor.layers.adapter import Handle, HookContext, Switched, tensors_in
 from foreshock.monitor.layers.te_history import History
 from foreshock.monitor.layers.te_operands import (
     Cast,
@@ -95,9 +94,7 @@ class TransformerEngineAdapter:
         """Whether it is one of them, or a subclass."""
         return _class_of(module) is not None
 
-    def attach(
-        self, name: str, module: nn.Module, context: HookContext
-    ) -> Sequence[RemovableHandle]:
+    def attach(self, name: str, module: nn.Module, context: HookContext) -> Sequence[Handle]:
         """One hook behind the layer's forward pass."""
         if self._history is None or self._history[0] is not context:
             self._history = (context, History(context))
@@ -113,8 +110,7 @@ class TransformerEngineAdapter:
             layer = _Gemms(name, context, history, _KINDS[kind])
         if kind != _ATTENTION:
             te_exact.register(module, name, context)
-        hook = context.layer_hook(layer.ran)
-        return [module.register_forward_hook(hook, prepend=True, with_kwargs=True)]
+        return [Switched(module, context.layer_hook(layer.ran))]
 
 
 def _class_of(module: nn.Module) -> str | None:

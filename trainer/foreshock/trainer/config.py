@@ -42,12 +42,21 @@ Architecture = Literal[
     "fog_swiglu",
     "fog_moe",
 ]
-Backend = Literal["bf16", "emulated"]
+Backend = Literal["bf16", "emulated", "native", "transformer_engine"]
 ScalingName = Literal["delayed", "current", "rowwise", "block128", "mxfp8", "nvfp4"]
 AttentionName = Literal["plain", "fp8"]
 
 T = TypeVar("T")
 _LATER: Final = "later"
+
+
+_SCALINGS: Final[dict[str, tuple[ScalingName, ...]]] = {
+    "bf16": get_args(ScalingName),
+    "emulated": get_args(ScalingName),
+    "native": ("delayed", "current", "rowwise", "block128"),
+    "transformer_engine": ("delayed", "current"),
+}
+"""What each backend computes; for bf16 the field means nothing."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -165,8 +174,9 @@ class PrecisionConfig:
     """How the GEMMs of the blocks are computed.
 
     Attributes:
-        backend: bf16 (bfloat16 operands, reference) or emulated (low-precision operands, real
-            casts, on any device).
+        backend: bf16 (bfloat16 operands, reference), emulated (low-precision operands, real
+            casts, on any device), native (torch's scaled products of FP8 matrices, with FP8's
+            speed on devices that have it) or transformer_engine (NVIDIA's library; CUDA only).
         scaling: What one scale covers and where it comes from. Per tensor: delayed (from an amax
             history) or current (from the tensor itself); rowwise (one per token and per output
             channel); block128 (1 x 128, weights 128 x 128), mxfp8 (32) or nvfp4 (16).
@@ -181,6 +191,11 @@ class PrecisionConfig:
         hadamard: nvfp4 mixes each 16 tokens of the weight gradient's operands by a Hadamard matrix
             with random signs.
         rounding_seed: Of those two.
+        activations: Type of the residual stream and of all between the GEMMs. Weights, gradients
+            of weights, losses and sums are float32 with either.
+        bf16_layers: Globs of qualified names with commas between, such as
+            "blocks.0.*,*.mlp.down": linear layers and attention cores that stay in 16 or 32 bits.
+        bf16_first, bf16_last: So do all of the first and of the last blocks, this many.
     """
 
     backend: Backend = "emulated"
@@ -194,6 +209,10 @@ class PrecisionConfig:
     stochastic_rounding: bool = later(False)
     hadamard: bool = later(False)
     rounding_seed: int = later(0)
+    activations: Literal["float32", "bfloat16"] = later("float32")
+    bf16_layers: str = later("")
+    bf16_first: int = later(0)
+    bf16_last: int = later(0)
 
     def __post_init__(self) -> None:
         _require(self.history >= 1, f"history is {self.history}; allowed: 1 or more")
@@ -206,6 +225,37 @@ class PrecisionConfig:
             not chance or self.scaling == "nvfp4",
             f"stochastic_rounding and hadamard belong to nvfp4, scaling is {self.scaling}",
         )
+        _one_of("activations", self.activations, ("float32", "bfloat16"))
+        for name in ("bf16_first", "bf16_last"):
+            count = getattr(self, name)
+            _require(count >= 0, f"{name} is {count}; allowed: 0 or more")
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        known = _SCALINGS[self.backend]
+        _require(
+            self.scaling in known,
+            f"scaling is {self.scaling!r} on the {self.backend} backend; allowed there: "
+            f"{', '.join(known)}",
+        )
+        if self.backend == "native":
+            _require(
+                self.forward_format == "e4m3",
+                "no device multiplies two E5M2 matrices: forward_format is 'e5m2' on the native "
+                "backend; allowed there: e4m3",
+            )
+            _require(
+                self.attention == "plain",
+                "attention is 'fp8' on the native backend, and torch has no such attention; "
+                "allowed there: plain (fp8: backend emulated or transformer_engine)",
+            )
+        if self.backend == "transformer_engine":
+            formats = (self.forward_format, self.gradient_format)
+            _require(
+                formats in (("e4m3", "e5m2"), ("e4m3", "e4m3")),
+                f"formats are {formats} on the transformer_engine backend; allowed there: e4m3 "
+                "forward, e5m2 or e4m3 for gradients",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +364,8 @@ class ExecutionConfig:
             again in backward.
         deterministic: Only algorithms that repeat bit for bit; an operation without one is an
             error.
+        compile: torch.compile of each block; with precision.activations bfloat16 on CUDA also of
+            the loss.
         parallel: What data-parallel processes do with the model: ddp (a copy each) or fsdp2
             (parameters, gradients and optimizer states sharded).
     """
@@ -321,6 +373,7 @@ class ExecutionConfig:
     device: Literal["cpu", "cuda"] = later("cpu")
     recompute: bool = later(False)
     deterministic: bool = later(False)
+    compile: bool = later(False)
     parallel: Literal["ddp", "fsdp2"] = later("ddp")
 
     def __post_init__(self) -> None:

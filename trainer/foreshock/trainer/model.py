@@ -1,7 +1,7 @@
 """The decoder language model, for one run or for a stack of runs that train as one.
 
 Holds no training state but the FP8 scales in its layers' buffers. Embeddings and the language
-model head are float32.
+model head are float32, where activations are bfloat16 with a product in bfloat16.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from foreshock.trainer.blocks import ARCHITECTURES, Experts, Parts, RMSNorm, rot
 from foreshock.trainer.blocks.fused import cross_entropy
 from foreshock.trainer.config import ModelConfig, PrecisionConfig
 from foreshock.trainer.faults import Fault
-from foreshock.trainer.precision import GemmLinear, LayerFaults
+from foreshock.trainer.head_loss import HeadLoss
+from foreshock.trainer.precision import (
+    GemmLinear,
+    LayerFaults,
+    around_forward,
+    leave_in_bf16,
+)
 
 __all__ = ["Decoder"]
 
@@ -44,6 +50,9 @@ class Decoder(nn.Module):
         recipes = (precision,) if isinstance(precision, PrecisionConfig) else tuple(precision)
         if len(recipes) != math.prod(lead):
             raise ValueError(f"{len(recipes)} recipes for {math.prod(lead)} models")
+        self.narrow = all(recipe.activations == "bfloat16" for recipe in recipes)
+        if lead and any(recipe.activations == "bfloat16" for recipe in recipes):
+            raise ValueError("a stack keeps activations in float32; train alone for bfloat16")
         self.config, self.lead = config, lead
         parts = Parts(recipes, lead)
         anatomy = ARCHITECTURES[config.architecture]
@@ -53,8 +62,11 @@ class Decoder(nn.Module):
         self.head: nn.Parameter | None = None
         if not config.tied:
             self.head = nn.Parameter(torch.empty(*lead, config.vocabulary, config.width))
+        leave_in_bf16(self.blocks, recipes)
+        self._around = around_forward(recipes)
         self._multiplier = 1 / config.init_std if anatomy.unit_embeddings else 1.0
         self._faults: LayerFaults | None = None
+        self.head_loss = HeadLoss()
         with torch.no_grad():
             for parameter in self._matrices():
                 parameter.normal_(std=config.init_std)
@@ -84,6 +96,8 @@ class Decoder(nn.Module):
         if self._faults is None or self._faults.faults != faults:
             self._faults = LayerFaults(self.linears(), faults)
         self._faults.begin_step(step)
+        for layer in self._faults.layers.values():
+            layer.begin_step()
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Predict each next token.
@@ -97,14 +111,19 @@ class Decoder(nn.Module):
             cross-entropy in nats per token, float32 of shape lead.
         """
         turns = rotary_turns(tokens.shape[-1], self.config.head_width, tokens.device)
+        if self.narrow:
+            turns = torch.view_as_real(turns)
         x = self._embed(tokens)
-        for block in self.blocks:
-            x = block(x, turns)
+        with self._around():
+            for block in self.blocks:
+                x = block(x, turns)
         if self.norm is not None:
             x = self.norm(x)
         flat = x.reshape(*self.lead, -1, self.config.width)
         head = self.embedding if self.head is None else self.head
-        logits = flat @ head.transpose(-1, -2)
+        if self.narrow and targets is not None:
+            return self._balanced(self.head_loss(flat, head, targets.reshape(-1)))
+        logits = flat.to(head.dtype) @ head.transpose(-1, -2)
         if targets is None:
             return logits.view(*tokens.shape, self.config.vocabulary)
         rows = logits.view(-1, self.config.vocabulary)
@@ -123,7 +142,8 @@ class Decoder(nn.Module):
         """What stands outside the blocks, for the audit that `print(model)` is."""
         config = self.config
         head = "tied head" if config.tied else "head"
-        outside = f"embedding and {head} {config.vocabulary} x {config.width} in float32"
+        kind = "float32, product in bfloat16" if self.narrow else "float32"
+        outside = f"embedding and {head} {config.vocabulary} x {config.width} in {kind}"
         scaled = "" if self._multiplier == 1.0 else f", embeddings times {self._multiplier:g}"
         return f"{config.architecture}, {outside}{scaled}"
 
@@ -132,4 +152,5 @@ class Decoder(nn.Module):
             models = torch.arange(self.lead[0], device=tokens.device)
             tokens = tokens + self.config.vocabulary * models[:, None, None]
         x = functional.embedding(tokens, self.embedding.reshape(-1, self.config.width))
-        return x * self._multiplier if self._multiplier != 1.0 else x
+        x = x * self._multiplier if self._multiplier != 1.0 else x
+        return x.to(torch.bfloat16) if self.narrow else x

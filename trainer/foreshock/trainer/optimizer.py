@@ -54,6 +54,7 @@ def make_optimizer(
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
+        fused=True if all(p.is_cuda for p in parameters) else None,
     )
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from foreshock.trainer.compiled import compile_model
 from foreshock.trainer.config import RunConfig
 from foreshock.trainer.fp8lm import Fp8AdamW
 from foreshock.trainer.model import Decoder
@@ -73,6 +74,8 @@ def make_trainee(config: RunConfig, world: World) -> Trainee:
     for block in model.blocks:
         if config.execution.recompute:
             recompute_in_backward(block)
+    if config.execution.compile:
+        compile_model(model)
     if config.states.level != "O0":
         return _at_level(model, config, world)
     entry = _spread(model, config, world)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from foreshock.trainer.blocks.parts import Parts, Tap
 from foreshock.trainer.config import ModelConfig
+from foreshock.trainer.precision import HeadSizes
 
 __all__ = ["Attention", "bounded_scale", "rotary_turns", "usual_scale"]
 
@@ -46,7 +47,18 @@ def rotary_turns(length: int, head_width: int, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the pairs (x_2j, x_2j+1) by their angle; x (B, T, H, K)."""
+    """Turn the pairs (x_2j, x_2j+1) by their angle; x (B, T, H, K).
+
+    Args:
+        x: Heads.
+        turns: Complex (T, 1, K/2), or its real and imaginary parts (T, 1, K/2, 2): torch.compile
+            makes no kernels of complex numbers.
+    """
+    if not turns.is_complex():
+        cosine, sine = turns.unbind(-1)
+        first, second = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)
+        turned = (first * cosine - second * sine, first * sine + second * cosine)
+        return torch.stack(turned, -1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turns).flatten(-2)
 
@@ -71,7 +83,8 @@ class Attention(nn.Module):
         self.qkv = parts.linear(config.width, every_head * self.head_width)
         self.regulariser = regulariser
         self.query, self.key = Tap("query"), Tap("key")
-        self.core = parts.attention_core(scale=scale)
+        heads = HeadSizes(self.heads, self.key_heads, self.head_width)
+        self.core = parts.attention_core(scale=scale, heads=heads)
         self.out = parts.linear(config.width, config.width)
 
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 __all__ = ["cross_entropy", "rms_norm", "unit_rms", "xielu"]
 
@@ -20,13 +21,18 @@ XIELU_BETA = 0.5
 
 def unit_rms(x: Tensor) -> Tensor:
     """Z / sqrt(mean(z^2) + 1e-5) over the last axis, without a gain."""
+    if torch.compiler.is_compiling() or x.dtype == torch.bfloat16:
+        # Compiled, plain operations fuse better than what is written by hand here.
+        wide = x.float()
+        mean_square = wide.square().mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(mean_square + NORM_EPS)).to(x.dtype)
     y: Tensor = _UnitRms.apply(x)  # type: ignore[no-untyped-call]
     return y
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     """G z / sqrt(mean(z^2) + 1e-5) over the last axis; x (*lead, B, T, D), gain (*lead, D)."""
-    return unit_rms(x) * gain[..., None, None, :]
+    return (unit_rms(x) * gain[..., None, None, :]).to(x.dtype)
 
 
 def xielu(x: Tensor, a_p: Tensor, a_n: Tensor) -> Tensor:
@@ -39,12 +45,19 @@ def xielu(x: Tensor, a_p: Tensor, a_n: Tensor) -> Tensor:
         a_p: Broadcasts against x.
         a_n: Broadcasts against x.
     """
+    if torch.compiler.is_compiling() or x.dtype == torch.bfloat16:
+        wide = x.float()
+        above = a_p * wide.square()
+        below = a_n * (torch.expm1(wide.clamp(max=0.0)) - wide)
+        return (torch.where(wide > 0, above, below) + XIELU_BETA * wide).to(x.dtype)
     y: Tensor = _Xielu.apply(x, a_p, a_n)  # type: ignore[no-untyped-call]
     return y
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of each row; logits (N, vocabulary), targets int64 (N,)."""
+    if torch.compiler.is_compiling():
+        return functional.cross_entropy(logits, targets, reduction="none")
     losses: Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return losses
 

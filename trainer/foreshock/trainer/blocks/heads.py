@@ -42,7 +42,8 @@ class _Gained(nn.Module):
 
     def scaled(self, qk: Tensor, factor: Tensor) -> Tensor:
         """Multiply each model's part of the batch by its own factor."""
-        return (qk.view(*self.lead, -1, *qk.shape[1:]) * factor).view(qk.shape)
+        gained = qk.view(*self.lead, -1, *qk.shape[1:]) * factor
+        return gained.view(qk.shape).to(qk.dtype)
 
 
 class LearnedHeadNorm(_Gained):

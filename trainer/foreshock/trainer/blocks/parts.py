@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from foreshock.trainer.blocks.fused import rms_norm
 from foreshock.trainer.config import PrecisionConfig
-from foreshock.trainer.precision import AttentionCore, GemmLinear, attention_core, gemm_linear
+from foreshock.trainer.precision import (
+    AttentionCore,
+    GemmLinear,
+    HeadSizes,
+    attention_core,
+    gemm_linear,
+)
 
 __all__ = ["Parts", "RMSNorm", "Tap", "open_taps"]
 
@@ -34,13 +40,14 @@ class Parts:
         """A linear layer without bias, its weight not yet initialised."""
         return gemm_linear(in_features, out_features, precision=self.precision, lead=self.lead)
 
-    def attention_core(self, *, scale: float) -> AttentionCore:
+    def attention_core(self, *, scale: float, heads: HeadSizes) -> AttentionCore:
         """Attention's two products, after the rotation; grouped key and value heads allowed.
 
         Args:
             scale: Factor of q k^T before the softmax.
+            heads: Their numbers and width.
         """
-        return attention_core(scale=scale, precision=self.precision, lead=self.lead)
+        return attention_core(scale=scale, precision=self.precision, lead=self.lead, heads=heads)
 
     def norm(self, width: int, initial_gain: float = 1.0) -> RMSNorm:
         """An RMSNorm with a learnable gain per feature."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -18,8 +18,9 @@ from torch.nn import functional
 from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.precision.cast import quantize
 from foreshock.trainer.precision.scaling import Scaling
+from foreshock.trainer.precision.support import check_alone, require_transformer_engine
 
-__all__ = ["AttentionCore", "Fp8Attention", "PlainAttention", "attention_core"]
+__all__ = ["AttentionCore", "Fp8Attention", "HeadSizes", "PlainAttention", "attention_core"]
 
 _FORMATS: Final = {
     "query": "e4m3",
@@ -31,8 +32,25 @@ _FORMATS: Final = {
 }
 
 
+def te_attention(
+    scale: float, precision: Sequence[PrecisionConfig], heads: HeadSizes | None
+) -> AttentionCore:
+    """Transformer Engine's."""
+    check_alone(precision)
+    require_transformer_engine()
+    from foreshock.trainer.precision.transformer_engine import TeAttention
+
+    if heads is None:
+        raise ValueError("Transformer Engine's attention needs the sizes of the heads")
+    return TeAttention(scale=scale, heads=heads)
+
+
 def attention_core(
-    *, scale: float, precision: Sequence[PrecisionConfig], lead: tuple[int, ...] = ()
+    *,
+    scale: float,
+    precision: Sequence[PrecisionConfig],
+    lead: tuple[int, ...] = (),
+    heads: HeadSizes | None = None,
 ) -> AttentionCore:
     """Make the attention that the recipes ask for.
 
@@ -40,16 +58,34 @@ def attention_core(
         scale: Factor of q k^T before the softmax.
         precision: The recipe, or one per model of a stack.
         lead: () for one model, (E,) for a stack.
+        heads: Their numbers and width; only Transformer Engine wants to know.
 
     Raises:
-        ValueError: The stack's recipes differ in `attention`.
+        ValueError: The stack's recipes differ in `attention`, or the backend cannot do it.
     """
     names = {p.attention for p in precision}
     if len(names) > 1:
         raise ValueError(f"one stack holds one kind of attention, not {sorted(names)}")
+    if names == {"fp8"} and precision[0].backend == "transformer_engine":
+        return te_attention(scale, precision, heads)
     if names == {"fp8"}:
         return Fp8Attention(scale=scale, precision=precision, lead=lead)
     return PlainAttention(scale=scale, lead=lead)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSizes:
+    """Of an attention.
+
+    Attributes:
+        query: Number of query heads.
+        key: Number of key heads, and of value heads.
+        width: Features of each.
+    """
+
+    query: int
+    key: int
+    width: int
 
 
 class AttentionCore(nn.Module, ABC):
@@ -59,6 +95,8 @@ class AttentionCore(nn.Module, ABC):
         scale: Factor of q k^T before the softmax.
         lead: () for one model, (E,) for a stack whose E models are folded into the batch.
     """
+
+    product_name = "torch, scaled_dot_product_attention"
 
     def __init__(self, *, scale: float, lead: tuple[int, ...]) -> None:
         super().__init__()

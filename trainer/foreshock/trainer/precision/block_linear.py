@@ -74,10 +74,10 @@ class BlockLinear(GemmLinear):
         return block_cast(x, self.formats[role], chance=chance)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), float32."""
+        """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), x's type."""
         flat = x.reshape(*self.lead, -1, self.in_features)
         y: Tensor = _BlockMatmul.apply(flat, self._gemm_weight(), self)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Sizes and the recipe of every operand, for the audit that `print(model)` is."""

@@ -29,7 +29,7 @@ class LayerFaults:
 
     def __init__(self, layers: Mapping[str, GemmLinear], faults: Sequence[Fault | None]) -> None:
         self.faults = tuple(faults)
-        self._layers = dict(layers)
+        self.layers = self._layers = dict(layers)
         scale_faults = [(i, f) for i, f in enumerate(faults) if isinstance(f, ScaleFault)]
         ramps = [(i, f) for i, f in enumerate(faults) if isinstance(f, OutlierRamp)]
         for _, scale_fault in scale_faults:

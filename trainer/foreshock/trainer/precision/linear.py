@@ -20,7 +20,7 @@ from foreshock.trainer.precision.cast import GEMM_DTYPE, quantize
 from foreshock.trainer.precision.gemm import gemm
 from foreshock.trainer.precision.scaling import Scaling
 
-__all__ = ["ROLES", "Bf16Linear", "Fp8Linear", "GemmLinear", "check_role"]
+__all__ = ["ROLES", "Bf16Linear", "Fp8Linear", "GemmLinear", "bf16_product", "check_role"]
 
 ROLES: Final = ("input", "weight", "grad_output")
 
@@ -30,7 +30,10 @@ class GemmLinear(nn.Module, ABC):
 
     Attributes:
         weight: float32 of shape (*lead, out_features, in_features).
+        product: Which product it calls, for `precision.describe`.
     """
+
+    product_name = "torch, bf16"
 
     def __init__(self, in_features: int, out_features: int, *, lead: tuple[int, ...]) -> None:
         super().__init__()
@@ -43,6 +46,12 @@ class GemmLinear(nn.Module, ABC):
     @abstractmethod
     def operand(self, role: str) -> Operand:
         """How the operand `role` (input, weight, grad_output) is cast in the current call."""
+
+    def begin_step(self) -> None:
+        """A step of training begins: what is kept of weights' casts is out of date.
+
+        Layers that keep any do so from the first call on, over all micro-batches of a step.
+        """
 
     def set_input_gain(self, gain: Tensor | None) -> None:
         """Multiply the input's features by it and the weight's columns by its inverse (a fault).
@@ -94,10 +103,13 @@ class Bf16Linear(GemmLinear):
         return Operand("bf16", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), float32."""
+        """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), x's type."""
+        if torch.compiler.is_compiling() and not self.lead:
+            weight = self._gemm_weight().to(GEMM_DTYPE)
+            return nn.functional.linear(x.to(GEMM_DTYPE), weight).to(x.dtype)
         flat = x.reshape(*self.lead, -1, self.in_features).to(GEMM_DTYPE)
-        y: Tensor = _Bf16Matmul.apply(flat, self._gemm_weight())  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], self.out_features)
+        y = bf16_product(flat, self._gemm_weight())
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Sizes and recipe."""
@@ -127,8 +139,8 @@ class Fp8Linear(GemmLinear):
         lead: tuple[int, ...] = (),
     ) -> None:
         super().__init__(in_features, out_features, lead=lead)
-        emulated = [p for p in precision if p.backend == "emulated"]
-        formats = {(p.forward_format, p.gradient_format) for p in emulated}
+        quantized = [p for p in precision if p.backend != "bf16"]
+        formats = {(p.forward_format, p.gradient_format) for p in quantized}
         if len(formats) != 1:
             raise ValueError(f"one stack holds one pair of FP8 formats, not {sorted(formats)}")
         forward, gradient = formats.pop()
@@ -137,7 +149,7 @@ class Fp8Linear(GemmLinear):
             {role: Scaling(precision, lead=lead, fp8_format=names[role]) for role in ROLES}
         )
         unscaled = torch.tensor([p.backend == "bf16" for p in precision]).view(lead)
-        mixed = len(emulated) < len(precision)
+        mixed = len(quantized) < len(precision)
         self.register_buffer("bf16_models", unscaled if mixed else None, persistent=False)
         self.in_bf16 = False
 
@@ -200,14 +212,14 @@ class Fp8Linear(GemmLinear):
         return Operand(scaling.fp8_format, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), float32."""
+        """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), x's type."""
         flat = x.reshape(*self.lead, -1, self.in_features)
         y: Tensor
         if self.in_bf16:
-            y = _Bf16Matmul.apply(flat, self._gemm_weight())  # type: ignore[no-untyped-call]
+            y = bf16_product(flat, self._gemm_weight())
         else:
             y = _QuantizedMatmul.apply(flat, self._gemm_weight(), self)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def cast_operand(self, role: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Cast x as the operand `role`, and let the scale state see it while training.
@@ -227,6 +239,12 @@ class Fp8Linear(GemmLinear):
         """Sizes and recipe; formats and scaling stand on the lines of the children."""
         state = " (now in bf16)" if self.in_bf16 else ""
         return f"{super().extra_repr()}, emulated fp8{state}"
+
+
+def bf16_product(x: Tensor, weight: Tensor) -> Tensor:
+    """X W^T with all three GEMMs in bfloat16: x (*lead, N, in), weight (*lead, out, in)."""
+    y: Tensor = _Bf16Matmul.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _Bf16Matmul(torch.autograd.Function):

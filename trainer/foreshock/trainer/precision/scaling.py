@@ -180,17 +180,28 @@ class Scaling(nn.Module):
             Scale in force for x, float32 of shape lead.
         """
         amax = tensor_amax(x, self.scale.dim())
-        scale = self._scale_for(amax)
+        scale = self.scale_for(amax)
+        self.saw(amax, scale, update=update)
+        return scale
+
+    def saw(self, amax: Tensor, scale: Tensor, *, update: bool) -> None:
+        """Take note of a cast that has been done.
+
+        Args:
+            amax: Largest magnitude of the tensor, float32 of shape lead.
+            scale: What `in_force` or `scale_for` gave for it.
+            update: As in `step`.
+        """
         self.used = scale
         if update:
             self._advance(amax, scale)
-        return scale
 
     def peek(self, x: Tensor) -> Tensor:
         """The scale that `step` would give for x, without a trace."""
-        return self._scale_for(tensor_amax(x, self.scale.dim()))
+        return self.scale_for(tensor_amax(x, self.scale.dim()))
 
-    def _scale_for(self, amax: Tensor) -> Tensor:
+    def scale_for(self, amax: Tensor) -> Tensor:
+        """The scale of a tensor with this amax."""
         scale = self.scale
         if self._any_current:
             own = _scale_of(amax, torch.full_like(self.gain, self._largest), torch.ones_like(amax))
@@ -204,6 +215,9 @@ class Scaling(nn.Module):
 
     def _advance(self, amax: Tensor, scale: Tensor) -> None:
         following = scale
+        if self._one_kernel_will_do(amax):
+            self.history, self.scale = self._advanced(amax)
+            return
         if not self._all_current:
             shifted = torch.cat((amax.unsqueeze(-1), self.history[..., :-1]), -1)
             self.history = shifted.masked_fill(~self.valid, 0.0)
@@ -213,6 +227,16 @@ class Scaling(nn.Module):
         if self._fault_hit is not None:
             following = torch.where(self._fault_hit, self.scale, following)
         self.scale = following
+
+    def _one_kernel_will_do(self, amax: Tensor) -> bool:
+        """A dozen tiny kernels per cast would take longer than the GEMMs of a small model."""
+        plain = not self._any_current and self._fault_hit is None
+        return plain and amax.is_cuda and self.scale.dim() == 0
+
+    def _advanced(self, amax: Tensor) -> tuple[Tensor, Tensor]:
+        from foreshock.trainer.precision.native_kernels import advance_on_device
+
+        return advance_on_device(self.history, self.valid, amax, self.gain, self.scale)
 
     def adopt(self, history: Tensor, otherwise: Tensor) -> None:
         """Take an amax history that several processes agree on, and the delayed scale it gives.

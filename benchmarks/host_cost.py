@@ -23,9 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from foreshock.monitor import together, triton_tables
 from foreshock.monitor.device_rows import DeviceRows
 from foreshock.monitor.sampling import Cadence
 from foreshock.monitor.session import Watch
@@ -55,6 +57,7 @@ class Passing(torch.autograd.Function):
         """Shape kept."""
         objects, tensors = module.kept(x)
         ctx.tensor_objects = objects
+        ctx.reduce_and_update_bwd_fp8_tensors = module.first
         ctx.parameters = len(parameters)
         ctx.save_for_backward(*tensors, *parameters)
         return x.clone()
@@ -76,6 +79,7 @@ class Layer(nn.Module):
     """What a layer of Transformer Engine shows: quantizers, and tensors saved at known places."""
 
     fp8 = True
+    first = False
     activation_dtype = torch.bfloat16
     places: tuple[tuple[int, str], ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -140,9 +144,12 @@ class Kernels:
     """In place of `foreshock.monitor.kernels`: counts what would be launched."""
 
     bytes = 0
+    startable = True
+    function = packed_metadata = None
 
     def __init__(self) -> None:
         self.launches = 0
+        self.variant = together._Variant({}, None, self)
 
     def Scratch(self, device: torch.device) -> object:
         """Nothing is kept."""
@@ -158,6 +165,27 @@ class Kernels:
         self.launches += 1
 
     accumulate_codes = accumulate
+
+    def joint(self, *_: object, **__: object) -> together.Member:
+        """All of them may be measured together."""
+        entry = np.zeros(triton_tables.FIELDS, dtype=np.int64)
+        return together.Member(self.variant, 1, entry, 0, True)
+
+    def Together(self, _: object, control: torch.Tensor) -> together.Together:
+        """The real one, whose launches come here."""
+        return together.Together(self, control)
+
+    def stream(self) -> int:
+        """There is one."""
+        return 0
+
+    def addresses(self, stream: int) -> tuple[int, int]:
+        """Nothing is kept."""
+        return 0, 0
+
+    def run(self, *_: object) -> None:
+        """As a compiled kernel is started."""
+        self.launches += 1
 
 
 @dataclass
@@ -193,6 +221,7 @@ class Variant:
 def variant(name: str, layers: int, every: int | None) -> Variant:
     """A model of so many blocks; every 0 measures nothing after the first step."""
     model = nn.Sequential(*(cls() for _ in range(layers) for cls in KINDS))
+    model.get_submodule("0").first = True  # type: ignore[assignment]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     watch = None
     if every is not None:
@@ -224,6 +253,10 @@ def stand_ins() -> Kernels:
     """Put what is no device in its place."""
     # Adapters of a library are asked where it is loaded.
     sys.modules.setdefault("transformer_engine", types.ModuleType("transformer_engine"))
+    # All runs inside of its context.
+    state = types.ModuleType("transformer_engine.pytorch.quantization")
+    state.FP8GlobalStateManager = types.SimpleNamespace(FP8_ENABLED=True)  # type: ignore[attr-defined]
+    sys.modules.setdefault(state.__name__, state)
     # As on a device: reading all parameters belongs to the cadence.
     Watch._reads_parameters = (  # type: ignore[method-assign]
         lambda self, step: step.measured and step.detailed

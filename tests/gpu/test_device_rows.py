@@ -72,6 +72,94 @@ def test_the_next_tensors_of_a_kind_add_up(rows: DeviceRows, detailed: bool) -> 
             torch.testing.assert_close(channels[0][1].cpu(), want, rtol=2e-5, atol=0)
 
 
+def of_many_kinds() -> list[tuple[str, torch.Tensor, float | None]]:
+    """Format, tensor or codes, and scale of tensors with different kernels."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    wild = normal(8, 64)
+    wild[3, 5], wild[0, 0], wild[7] = float("inf"), 1e30, 0.0
+    return [
+        ("e4m3", normal(6, 256).bfloat16(), 3.0),
+        ("e5m2", normal(2, 16, 128).bfloat16(), 8.0),
+        ("e4m3", normal(48, 1024).bfloat16(), 0.5),
+        ("e4m3", normal(64, 16).bfloat16().t(), 2.0),
+        ("bf16", normal(3, 4, 64).bfloat16(), None),
+        ("fp16", normal(5, 64).half(), None),
+        ("e4m3", wild, 1.0),
+        ("e4m3", normal(6, 256).bfloat16() * 1e20, 1.0),
+        ("e4m3", torch.zeros(4, 128).bfloat16(), 1.0),
+        ("e4m3", normal(8, 128).to(torch.float8_e4m3fn).view(torch.uint8), 0.25),
+        ("e4m3", normal(70, 256).bfloat16(), 3.0),
+    ]
+
+
+def test_many_in_one_launch_are_to_the_bit_what_each_is_in_its_own(rows: DeviceRows) -> None:
+    """Several steps: at first nothing is known, later everything."""
+    kinds = [
+        (format, x.to(DEVICE), None if scale is None else torch.tensor(scale, device=DEVICE))
+        for format, x, scale in of_many_kinds()
+    ]
+    for detailed in (False, True, False):
+        rows.start_step(measuring=True, detailed=detailed)
+        rows.next_micro_batch()
+        for later in (False, True):
+            for number, (format, x, scale) in enumerate(kinds):
+                slot = slot_of(rows, format, f"{number} {later}")
+                if x.dtype == torch.uint8:
+                    assert scale is not None
+                    rows.add_codes(slot, x, scale, later=later)
+                else:
+                    rows.add(slot, x, scale, later=later)
+        entries, values, _ = rows.take()
+        assert values is not None
+        found = {e.identity.layer: row for e, row in zip(entries, values.cpu(), strict=True)}
+        for number in range(len(kinds)):
+            one, many = found[f"{number} False"], found[f"{number} True"]
+            assert torch.equal(one.nan_to_num(nan=-7.0), many.nan_to_num(nan=-7.0)), number
+            assert one[1] == 1.0
+    assert rows._together._layouts, "some came together"
+    assert not rows.take_lost()
+
+
+def test_what_changes_while_it_waits_is_left_out_and_told(rows: DeviceRows) -> None:
+    scale = torch.tensor(3.0, device=DEVICE)
+    kept, overwritten, freed = (x.to(DEVICE) for x in tensors(3))
+    expected = kept.cpu()
+    for step in range(3):
+        rows.start_step(measuring=True, detailed=False)
+        for layer, x in (("kept", kept), ("overwritten", overwritten), ("freed", freed)):
+            rows.add(slot_of(rows, "e4m3", layer), x, scale, later=True)
+        if step == 1:
+            overwritten.mul_(2)
+            freed.data = torch.empty(0, device=DEVICE)
+        _, values, _ = rows.take()
+        assert values is not None
+        check(values[0].cpu(), [expected], error=False)
+        lost = {("overwritten", "input"), ("freed", "input")}
+        assert rows.take_lost() == (lost if step == 1 else set())
+        if step == 1:
+            assert values[1:, 1].tolist() == [0.0, 0.0]
+            freed.data = expected.to(DEVICE)
+        else:
+            assert values[:, 1].tolist() == [1.0] * 3
+
+
+def test_what_waits_is_measured_before_the_next_micro_batch_begins(rows: DeviceRows) -> None:
+    x = torch.full((4, 128), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    for step in range(2):
+        rows.start_step(measuring=True, detailed=False)
+        for micro_batch in range(3):
+            rows.next_micro_batch()
+            if micro_batch:
+                rows.add(slot_of(rows, "bf16"), x, None, later=True)
+        _, values, _ = rows.take()
+        assert values is not None
+        assert values[0, -1] == 1.0, step
+
+
 def test_steps_off_the_cadence_leave_nothing(rows: DeviceRows) -> None:
     (x,) = tensors(1)
     scale = torch.tensor(3.0, device=DEVICE)

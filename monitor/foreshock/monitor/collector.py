@@ -97,6 +97,7 @@ class Collector(ops.Receiver):
         measuring: Whether tensors are measured in full.
         sampling: Which share of tensors and rows is measured.
         skipped: Layer and role of tensors of which nothing could be said.
+        lasting: Whether scales stay as they are until `flush`, so that tensors may wait for it.
         handle: Under which a compiled graph reaches this collector.
         on_begin: Called when a training forward pass of the model begins inside a graph.
         on_loss: Called with the loss that a graph computed.
@@ -115,6 +116,7 @@ class Collector(ops.Receiver):
         self.measuring = False
         self.sampling = Sampling()
         self.skipped: set[tuple[str, str]] = set()
+        self.lasting = False
         self.handle = ops.register(self)
         self._probe = probe
         self._what_if = what_if
@@ -281,8 +283,15 @@ class Collector(ops.Receiver):
             identity = TensorIdentity(layer, role, operand.format, call_index)
             entry = Entry(identity, None, WHOLE, source, agreed=operand.agreed)
             slot = self._slots[key] = self._rows.slot(entry)
-        self._rows.add(slot, x, operand.scale, recording=recording)
+        # Without a scale there is none that could change.
+        later = self.lasting or (operand.scale is None and not x.is_inference())
+        self._rows.add(slot, x, operand.scale, recording=recording, later=later)
         return True
+
+    def flush(self) -> None:
+        """Measure what waits to be measured together."""
+        if self._rows is not None:
+            self._rows.flush(recording=self.recording)
 
     def observe_row(
         self, identity: TensorIdentity, row: torch.Tensor, *, source: str | None
@@ -314,7 +323,7 @@ class Collector(ops.Receiver):
         if slot is None:
             identity = TensorIdentity(layer, role, format, call_index)
             slot = self._slots[key] = self._rows.slot(Entry(identity, None, WHOLE, "codes"))
-        self._rows.add_codes(slot, codes, scale_inv, recording=recording)
+        self._rows.add_codes(slot, codes, scale_inv, recording=recording, later=self.lasting)
 
     def take(self) -> Taken:
         """What passed by during the step."""
@@ -332,6 +341,7 @@ class Collector(ops.Receiver):
             for entry, counts in self._rows.histograms():
                 _add(taken.exponents, entry.identity, counts)
             taken.kernels = self._rows.take_marks()
+            self.skipped |= self._rows.take_lost()
         return taken
 
     def bytes_of(self, taken: Taken) -> int:

@@ -37,6 +37,11 @@ _MOST_READY: Final = 64
 class _Ready(Protocol):
     """A launch that only lacks the tensor (`foreshock.monitor.launches.Prepared`)."""
 
+    @property
+    def startable(self) -> bool:
+        """Whether it can be."""
+        ...
+
     def start(self, x: int, scale: int | None) -> None:
         """Queue it."""
         ...
@@ -51,6 +56,9 @@ class Slot:
         format: Name of the format that its tensors are cast to.
         channels, exponents: Its vectors; None until they are needed.
         ready: Launches by what they depend on.
+        joint: The same for tensors that are measured together with others, where they can be.
+        apart: Whether one has changed while it waited for others.
+        place: Layer and role.
     """
 
     index: int
@@ -58,6 +66,14 @@ class Slot:
     channels: torch.Tensor | None = None
     exponents: torch.Tensor | None = None
     ready: dict[object, Sequence[_Ready]] = field(default_factory=dict)
+    joint: dict[object, Any] = field(default_factory=dict)
+    apart: bool = False
+    place: tuple[str, str] = ("", "")
+
+    def forget(self) -> None:
+        """The launches no longer hold."""
+        self.ready.clear()
+        self.joint.clear()
 
 
 class DeviceRows:
@@ -88,6 +104,8 @@ class DeviceRows:
         self._detailed = True
         self._kernels = kernels
         self._scratch = kernels.Scratch(device)
+        self._together = kernels.Together(self._scratch, self._control)
+        self._lost: set[tuple[str, str]] = set()
         self._retired: list[torch.Tensor] = []
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._steps = 0
@@ -123,6 +141,7 @@ class DeviceRows:
             measuring: Whether launches read.
             detailed: Whether they take the cast's error and the channels, too.
         """
+        self._together.forget()
         self._timing = False
         self._vectors.prepare()
         # Two steps off the cadence are alike: the flag is down, and nobody asks for the rest.
@@ -140,11 +159,39 @@ class DeviceRows:
 
     def next_micro_batch(self, *, recording: bool = False) -> None:
         """Count on, on the device: a captured graph counts at every replay."""
+        self.flush(recording=recording)
         if self._measuring or recording:
             self._micro_batch.add_(1)
 
+    def flush(self, *, recording: bool = False) -> None:
+        """Measure what waits."""
+        if recording:
+            # It came before the capture, and is no part of the graph.
+            self._together.forget()
+            return
+        if self._together.waits:
+            mark = self._mark(recording)
+            self._leave_out(self._together.flush())
+            self._mark_end(mark)
+
+    def take_lost(self) -> set[tuple[str, str]]:
+        """Layer and role of tensors that changed while they waited, since the last call."""
+        lost, self._lost = self._lost, set()
+        return lost
+
+    def _leave_out(self, lost: Sequence[Slot]) -> None:
+        for slot in lost:
+            slot.apart = True
+            self._lost.add(slot.place)
+
     def add(
-        self, slot: Slot, x: torch.Tensor, scale: torch.Tensor | None, *, recording: bool = False
+        self,
+        slot: Slot,
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+        *,
+        recording: bool = False,
+        later: bool = False,
     ) -> None:
         """Measure a tensor into its row.
 
@@ -153,6 +200,7 @@ class DeviceRows:
             x: Floating, of any shape and stride.
             scale: In force, or None for current scaling.
             recording: Whether a graph is being captured, whose steps are not known yet.
+            later: Whether x and scale stay as they are until `flush`.
         """
         detailed = self._detailed or recording
         address = x.data_ptr()
@@ -160,13 +208,19 @@ class DeviceRows:
         # What Triton compiles for: types, and which addresses are multiples of 16 bytes.
         aligned = (address % 16, None if place is None else place % 16)
         key = (x.shape, x.stride(), x.dtype, aligned, detailed)
+        if later and not recording and not slot.apart:
+            member = slot.joint.get(key)
+            if member is not None:
+                if lost := self._together.add(member, x, address, scale, slot):
+                    self._leave_out(lost)
+                return
         found = slot.ready.get(key)
         mark = self._mark(recording)
         if found is not None:
             for launch in found:
                 launch.start(address, place)
         else:
-            self._keep(slot, key, self._measure(slot, x, scale, detailed))
+            self._keep(slot, key, self._measure(slot, x, scale, detailed), x, scale)
         self._mark_end(mark)
 
     def _measure(
@@ -177,7 +231,7 @@ class DeviceRows:
             features = x.shape[-1] if x.ndim else 1
             if slot.channels is None or len(slot.channels) != features:
                 # What is ready adds to the vector of before.
-                slot.ready.clear()
+                slot.forget()
                 slot.channels = self._vectors.take(features)
             channels = slot.channels
         if self._count_exponents and slot.exponents is None:
@@ -197,11 +251,23 @@ class DeviceRows:
         return started
 
     def add_codes(
-        self, slot: Slot, codes: torch.Tensor, scale_inv: torch.Tensor, *, recording: bool = False
+        self,
+        slot: Slot,
+        codes: torch.Tensor,
+        scale_inv: torch.Tensor,
+        *,
+        recording: bool = False,
+        later: bool = False,
     ) -> None:
-        """Measure FP8 codes into their row."""
+        """Measure FP8 codes into their row; `later` as for `add`."""
         address, place = codes.data_ptr(), scale_inv.data_ptr()
         key = (codes.shape, codes.stride(), codes.dtype, (address % 16, place % 16))
+        if later and not recording and not slot.apart:
+            member = slot.joint.get(key)
+            if member is not None:
+                if lost := self._together.add(member, codes, address, scale_inv, slot):
+                    self._leave_out(lost)
+                return
         found = slot.ready.get(key)
         mark = self._mark(recording)
         if found is not None:
@@ -217,12 +283,23 @@ class DeviceRows:
                 control=self._control,
                 scratch=self._scratch,
             )
-            self._keep(slot, key, started)
+            self._keep(slot, key, started, codes, scale_inv)
         self._mark_end(mark)
 
-    def _keep(self, slot: Slot, key: object, started: Sequence[_Ready]) -> None:
-        if started and len(slot.ready) < _MOST_READY:
-            slot.ready[key] = started
+    def _keep(
+        self,
+        slot: Slot,
+        key: object,
+        started: Sequence[_Ready],
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+    ) -> None:
+        if started and max(len(slot.ready), len(slot.joint)) < _MOST_READY:
+            if all(launch.startable for launch in started):
+                slot.ready[key] = started
+            member = self._kernels.joint(started, x, format=slot.format, scale=scale)
+            if member is not None:
+                slot.joint[key] = member
 
     def take_marks(self) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
         """Marks around the kernels since the last call, at a step whose cost is measured."""
@@ -246,6 +323,7 @@ class DeviceRows:
         self,
     ) -> tuple[tuple[Entry, ...], torch.Tensor | None, list[tuple[Entry, torch.Tensor]]]:
         """Entries, copies of their rows, and copies of their channel sums."""
+        self.flush()
         if not self._slots:
             return (), None, []
         if len(self._entries) != len(self._slots):
@@ -278,7 +356,9 @@ class DeviceRows:
         known = entry if entry.micro_batch is None else replace(entry, micro_batch=None)
         slot = self._slots.get(known)
         if slot is None:
-            slot = Slot(len(self._slots), entry.identity.format)
+            identity = entry.identity
+            place = identity.layer, identity.role
+            slot = Slot(len(self._slots), identity.format, place=place)
             self._grow(slot.index + 1)
             self._slots[known] = slot
         return slot
@@ -288,7 +368,8 @@ class DeviceRows:
         """Memory on the device that the rows, their vectors and the kernels' sums take."""
         own = [self._rows, self._neutral, self._control, *self._retired]
         rows = sum(t.numel() * t.element_size() for t in own)
-        return rows + self._vectors.bytes + int(self._scratch.bytes)
+        kernels = int(self._scratch.bytes) + int(self._together.bytes)
+        return rows + self._vectors.bytes + kernels
 
     def _grow(self, rows: int) -> None:
         if rows <= len(self._rows):
@@ -298,13 +379,14 @@ class DeviceRows:
                 "more tensors in the graph than were seen before its capture; run one eager step "
                 "after watch() and before capturing"
             )
+        self.flush()
         wider = self._neutral.repeat(max(rows, 2 * len(self._rows)), 1)
         wider[: len(self._rows)] = self._rows
         # A graph captured earlier still writes to the old rows.
         self._retired.append(self._rows)
         self._rows = wider
         for slot in self._slots.values():
-            slot.ready.clear()
+            slot.forget()
 
 
 class _Arena:

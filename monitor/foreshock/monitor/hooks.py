@@ -20,6 +20,7 @@ from foreshock.monitor.collector import Collector
 from foreshock.monitor.containment import Containment
 from foreshock.monitor.layers import Adapter, HookContext, adapters
 from foreshock.monitor.layers.adapter import Handle, Hook, Switched
+from foreshock.monitor.layers.te_operands import autocast_is_on
 from foreshock.monitor.notices import MOST_MICRO_BATCHES
 from foreshock.monitor.placement import is_batched
 from foreshock.monitor.scalars import find_loss
@@ -269,6 +270,8 @@ class ModelHooks:
         if self._context.model_begins(module) and not self._told:
             self._heard = True
             self._start_micro_batch()
+            self._collector.lasting = self._collector.measuring and autocast_is_on()
+            self._context.updates = False
 
     def _start_micro_batch(self) -> None:
         self._pass_begins()
@@ -278,6 +281,9 @@ class ModelHooks:
         self._collector.start_micro_batch()
 
     def _model_returns(self, module: nn.Module, args: object, output: object) -> None:
+        # Where the model returns, or a context around it ends, its scales may change.
+        self._collector.lasting = False
+        self._collector.flush()
         if self._context.model_returns(module):
             loss = find_loss(output)
             if loss is not None and not is_batched(loss):

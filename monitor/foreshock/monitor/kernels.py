@@ -10,7 +10,7 @@ a launch in a CUDA graph does at each replay what the step asks for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,9 +19,12 @@ import triton
 
 from foreshock.monitor.formats import Format, format_named
 from foreshock.monitor.launches import Launch, Prepared
-from foreshock.monitor.triton_kernels import accumulate_kernel, channels_kernel
+from foreshock.monitor.together import Member, Together, member_of
+from foreshock.monitor.triton_channels import channels_kernel
+from foreshock.monitor.triton_kernels import accumulate_kernel
+from foreshock.monitor.triton_tables import MEMBERS
 
-__all__ = ["Prepared", "Scratch", "accumulate", "accumulate_codes"]
+__all__ = ["Prepared", "Scratch", "Together", "accumulate", "accumulate_codes", "joint"]
 
 _PARTIALS: Final = 2**15
 _FIELDS: Final = 16
@@ -53,6 +56,7 @@ class Scratch:
 
     Attributes:
         launches: Launches worked out, by what they depend on.
+        variants: Kernels for many tensors, by what they are compiled for.
     """
 
     def __init__(self, device: torch.device, *, per_core: int | None = None) -> None:
@@ -79,6 +83,7 @@ class Scratch:
         self._spare = [self._new_buffers() for _ in range(_SPARE if on_cuda else 0)]
         self._spare_channels = [self._new_channels(1) for _ in self._spare]
         self.launches: dict[object, Launch] = {}
+        self.variants: dict[object, object] = {}
 
     def programs(self, *, casting: bool) -> int:
         """How many programs fill the device."""
@@ -95,7 +100,8 @@ class Scratch:
 
     def _new_buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         partials = torch.empty(_PARTIALS * _FIELDS, dtype=torch.float64, device=self._device)
-        counter = torch.zeros(1, dtype=torch.int32, device=self._device)
+        # One for each tensor of a launch.
+        counter = torch.zeros(MEMBERS, dtype=torch.int32, device=self._device)
         row = torch.zeros(1, _ROW, dtype=torch.float64, device=self._device)
         return partials, counter, row
 
@@ -308,6 +314,24 @@ def accumulate_codes(
     return () if only is None else (only,)
 
 
+def joint(
+    started: Sequence[Prepared], x: torch.Tensor, *, format: str, scale: torch.Tensor | None
+) -> Member | None:
+    """How tensors like x are measured together with others; None if they are measured alone.
+
+    Args:
+        started: What `accumulate` or `accumulate_codes` returned for x.
+        x: The tensor, or its codes.
+        format: As there.
+        scale: As there.
+    """
+    if len(started) != 1 or not (scale is None or scale.dtype == torch.float32):
+        return None
+    only = started[0]
+    kind = _CODES[format] if only.launch.constants["CODES"] else x.dtype
+    return member_of(only.launch, x, kind, only.row, only.scratch.variants, registers=_REGISTERS)
+
+
 @functools.cache
 def _has_pairs(device: torch.device) -> bool:
     """Whether the device has instructions for two 16-bit numbers; the interpreter has none."""
@@ -433,9 +457,6 @@ def _launch(
         launch.compiled[launch.grid](*arguments, *launch.constants.values())
     if channels is not None:
         _launch_channels(launch, sums, channels, control)
-    # Triton's interpreter leaves nothing that could be started again.
-    if launch.compiled is None:
-        return None
     return Prepared(
         launch,
         scratch,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foreshock.monitor.kernels import Scratch
 
-__all__ = ["Launch", "Prepared"]
+__all__ = ["Launch", "Prepared", "start"]
 
 
 @dataclass(slots=True)
@@ -62,6 +62,11 @@ class Prepared:
     channels: int | None
     histogram: int | None
 
+    @property
+    def startable(self) -> bool:
+        """Whether there is a kernel; Triton's interpreter leaves none."""
+        return self.launch.compiled is not None
+
     def start(self, x: int, scale: int | None) -> None:
         """Queue it for the tensor at an address, with the scale at another."""
         launch, stream = self.launch, self.scratch.stream()
@@ -74,7 +79,7 @@ class Prepared:
         if self.channels is not None:
             sums = self.scratch.channels(launch.room).data_ptr()
         histogram = partials if self.histogram is None else self.histogram
-        _start(
+        start(
             launch.compiled,
             launch.grid,
             stream,
@@ -82,7 +87,7 @@ class Prepared:
             (*launch.numbers, *launch.constants.values()),
         )
         if self.channels is not None:
-            _start(
+            start(
                 launch.channel_compiled,
                 launch.channel_grid,
                 stream,
@@ -91,7 +96,7 @@ class Prepared:
             )
 
 
-def _start(
+def start(
     kernel: Any,
     grid: tuple[int, int, int],
     stream: int,

@@ -381,6 +381,7 @@ class Watch:
             return
         with self._guard:
             # One that works on other gradients than backward's: that those are gone says nothing.
+            self._collector.flush()
             self._skips = 0 if self._gradients.use() else MOST_SKIPS
             self._rate = learning_rate(self._optimizers)
             if (overflow := self._scale.overflow(optimizer)) is not None:

@@ -21,7 +21,7 @@ from foreshock.monitor.triton_parts import (
     zeros_to_add,
 )
 
-__all__ = ["accumulate_kernel", "channels_kernel"]
+__all__ = ["accumulate", "accumulate_kernel"]
 
 
 @triton.jit
@@ -65,7 +65,90 @@ def accumulate_kernel(
 ):
     if tl.load(control_ptr) == 0:
         return
-    program = tl.program_id(0)
+    accumulate(
+        x_ptr,
+        row_ptr,
+        scale_ptr,
+        control_ptr,
+        partials_ptr,
+        counter_ptr,
+        channels_ptr,
+        histogram_ptr,
+        sequences,
+        rows,
+        columns,
+        row_stride,
+        sequence_stride,
+        splits,
+        tiles,
+        largest,
+        smallest_normal,
+        flush,
+        anchor_factor,
+        COLUMN_BLOCKS,
+        TILE_ROWS,
+        TILE_COLUMNS,
+        WHOLE_COLUMNS,
+        SCALED,
+        ERROR,
+        FROM_AMAX,
+        CODES,
+        FRESH,
+        SEQUENCES,
+        CHANNELS,
+        HISTOGRAM,
+        FOLD,
+        HALF,
+        UNROLL,
+        PTX,
+        PARTIALS,
+        tl.program_id(0),
+        tl.num_programs(0),
+    )
+
+
+@triton.jit
+def accumulate(
+    x_ptr,
+    row_ptr,
+    scale_ptr,
+    control_ptr,
+    partials_ptr,
+    counter_ptr,
+    channels_ptr,
+    histogram_ptr,
+    sequences,
+    rows,
+    columns,
+    row_stride,
+    sequence_stride,
+    splits,
+    tiles,
+    largest,
+    smallest_normal,
+    flush,
+    anchor_factor,
+    COLUMN_BLOCKS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
+    SCALED: tl.constexpr,
+    ERROR: tl.constexpr,
+    FROM_AMAX: tl.constexpr,
+    CODES: tl.constexpr,
+    FRESH: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HISTOGRAM: tl.constexpr,
+    FOLD: tl.constexpr,
+    HALF: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PTX: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    program,
+    programs,
+):
+    """One of the programs that share a tensor."""
     split = program % splits
     group = program // splits
     block = group % COLUMN_BLOCKS
@@ -228,7 +311,6 @@ def accumulate_kernel(
         place = channels_ptr + program * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
         tl.store(place, of_columns)
     # Field by field, so that who merges them reads neighbours.
-    programs = tl.num_programs(0)
     out = partials_ptr + program
     tl.store(out, (seen - broken).to(tl.float64))
     tl.store(out + programs, broken.to(tl.float64))
@@ -246,7 +328,7 @@ def accumulate_kernel(
     # Every store of this program before the count, every count before the last one's loads.
     tl.debug_barrier()
     finished = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-    if finished == tl.num_programs(0) - 1:
+    if finished == programs - 1:
         tl.debug_barrier()
         _finish(
             row_ptr,
@@ -255,6 +337,7 @@ def accumulate_kernel(
             counter_ptr,
             sequences,
             splits * COLUMN_BLOCKS,
+            programs,
             scale64,
             largest,
             SCALED,
@@ -275,6 +358,7 @@ def _finish(
     counter_ptr,
     sequences,
     each,
+    programs,
     scale,
     largest,
     SCALED: tl.constexpr,
@@ -293,7 +377,6 @@ def _finish(
     low_all = zero
     lane = tl.arange(0, PARTIALS)
     inside = lane < each
-    programs = tl.num_programs(0)
     nothing = tl.zeros((PARTIALS,), tl.float64)
     for sequence in range(0, sequences):
         at = partials_ptr + sequence * each + lane
@@ -381,41 +464,3 @@ def _field(at, offset, inside):
 @triton.jit
 def _add(pointer, value):
     tl.store(pointer, tl.load(pointer) + value)
-
-
-@triton.jit
-def channels_kernel(
-    partials_ptr,
-    channels_ptr,
-    control_ptr,
-    columns,
-    sequences,
-    splits,
-    COLUMN_BLOCKS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """Column sums of all programs, in a fixed order, added to the channels."""
-    if tl.load(control_ptr) == 0:
-        return
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    inside = column < columns
-    block = column // TILE_COLUMNS
-    within = column % TILE_COLUMNS
-    total = tl.zeros((DEPTH, TILE), tl.float64)
-    lane = tl.arange(0, DEPTH)
-    # The programs of a column block: all splits of all sequences.
-    for first in range(0, sequences * splits, DEPTH):
-        piece = first + lane
-        program = (piece // splits)[:, None] * COLUMN_BLOCKS + block[None, :]
-        program = program * splits + (piece % splits)[:, None]
-        place = program.to(tl.int64) * TILE_COLUMNS + within[None, :]
-        there = (piece < sequences * splits)[:, None] & inside[None, :]
-        total += tl.load(partials_ptr + place, mask=there, other=0.0)
-    added = tl.sum(total, 0)
-    tl.store(
-        channels_ptr + column,
-        tl.load(channels_ptr + column, mask=inside, other=0.0) + added,
-        mask=inside,
-    )

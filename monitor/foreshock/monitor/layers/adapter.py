@@ -107,6 +107,8 @@ class HookContext:
 
     Attributes:
         collector: Takes the tensors.
+        updates: Whether a layer of the forward pass in progress will, at the end of its backward
+            pass, have the scales of all gradients made anew.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class HookContext:
         begun: Callable[[], bool] = lambda: False,
     ) -> None:
         self.collector = collector
+        self.updates = False
         self.begins = begins
         self._begun = begun
         self._guard = guard

@@ -7,6 +7,7 @@ this file loads where the library does not.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -18,10 +19,22 @@ from foreshock.monitor.layers.adapter import tensors_in
 from foreshock.monitor.operands import Operand
 from foreshock.monitor.placement import local_of
 
-__all__ = ["Cast", "Codes", "Saved", "as_codes", "format_of", "plain", "saved_by", "saving_node"]
+__all__ = [
+    "Cast",
+    "Codes",
+    "Saved",
+    "as_codes",
+    "autocast_is_on",
+    "format_of",
+    "plain",
+    "saved_by",
+    "saving_node",
+]
 
 # A bias that is added apart, or a view, stands between a layer's output and what saved for it.
 _STEPS_TO_NODE: Final = 4
+# Where versions of Transformer Engine keep what is global.
+_MANAGERS: Final = ("transformer_engine.pytorch.quantization", "transformer_engine.pytorch.fp8")
 
 # The types of the quantizers whose one scale covers a tensor, and those of blocks.
 _DELAYED: Final = "Float8Quantizer"
@@ -178,6 +191,19 @@ def _one(value: object) -> torch.Tensor | None:
 def _reduces(module: nn.Module) -> bool:
     recipe = getattr(module, "fp8_meta", {}).get("recipe")
     return bool(getattr(recipe, "reduce_amax", False))
+
+
+def autocast_is_on() -> bool:
+    """Whether a context of Transformer Engine's low-precision recipes is open.
+
+    Scales of forward passes are made anew where the outermost one ends, and nowhere else.
+    """
+    for name in _MANAGERS:
+        module = sys.modules.get(name)
+        manager = getattr(module, "FP8GlobalStateManager", None)
+        if manager is not None:
+            return bool(getattr(manager, "FP8_ENABLED", False))
+    return False
 
 
 def plain(x: object) -> torch.Tensor | None:

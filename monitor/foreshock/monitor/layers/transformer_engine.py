@@ -290,9 +290,13 @@ class _Gemms(_Layer):
 
     def _await_gradients(self, call: _Call, result: torch.Tensor, node: Any) -> None:
         gradients = _Gradients(call, self._kind.gemms)
+        gradients.updates = bool(getattr(node, "reduce_and_update_bwd_fp8_tensors", False))
+        # Transformer Engine has it done by the first layer of a forward pass. Where that one is
+        # watched, gradients may wait until then for each other.
+        self.context.updates = self.context.updates or gradients.updates
+        gradients.lasting = self.collector.lasting and self.context.updates
         result.register_hook(partial(self._come, gradients))  # type: ignore[no-untyped-call]
         if node is not None and call.fp8 and self.collector.measuring and gradients.inner:
-            gradients.updates = bool(getattr(node, "reduce_and_update_bwd_fp8_tensors", False))
             node.register_hook(partial(self._go, gradients))
 
 
@@ -303,23 +307,28 @@ class _Gradients:
         inner: GEMMs whose output gradient lives only inside the layer's backward pass.
         updates: Whether the layer's backward pass ends with the update of all scales, which moves
             this pass's largest magnitudes to the end of the history.
+        lasting: Whether scales stay as they are until that layer's backward pass.
     """
 
     def __init__(self, call: _Call, gemms: Sequence[GemmPlace]) -> None:
         self._call = call
         self._outer = [place for place in gemms if place.gives_output]
         self.inner = [place for place in gemms if not place.gives_output]
-        self.updates = False
+        self.updates = self.lasting = False
         self._scales: list[torch.Tensor] = []
 
     def came(self, gradient: torch.Tensor) -> None:
         """Before the layer's backward pass."""
-        call = self._call
+        call, collector = self._call, self._call.layer.collector
         x = plain(gradient)
         if x is not None:
+            collector.lasting = self.lasting
             for place in self._outer:
                 cast = call.cast("scaling_bwd", place.gradient)
                 call.values(call.layer.name + place.suffix, "grad_output", x, cast, before=True)
+            collector.lasting = False
+        if self.updates:
+            collector.flush()
         if call.layer.collector.measuring and not call.layer.collector.recording:
             # The scale in force, which the pass may replace.
             self._scales = [cast.scale.clone() for cast in self._inner_casts()]

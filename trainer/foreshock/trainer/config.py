@@ -44,7 +44,7 @@ Architecture = Literal[
 ]
 Backend = Literal["bf16", "emulated", "native", "transformer_engine"]
 ScalingName = Literal["delayed", "current", "rowwise", "block128", "mxfp8", "nvfp4"]
-AttentionName = Literal["plain", "fp8"]
+AttentionName = Literal["plain", "fp8", "biased", "biased_shifted", "biased_wide"]
 
 T = TypeVar("T")
 _LATER: Final = "later"
@@ -185,7 +185,8 @@ class PrecisionConfig:
         forward_format, gradient_format: FP8 formats of inputs and weights, and of output gradients,
             where a scale covers a tensor or a row. Blocks are always E4M3, of nvfp4 E2M1.
         attention: plain (float32) or fp8 (both products forward and backward, E4M3 and E5M2, one
-            scale per tensor, delayed where `scaling` is and else current).
+            scale per tensor, delayed where `scaling` is and else current). For study: biased (a
+            bfloat16 output that rounds one way), mended as biased_shifted and biased_wide.
         block_scales: Scales of block128: power_of_two as Transformer Engine, or exact.
         stochastic_rounding: nvfp4 rounds output gradients up or down by chance.
         hadamard: nvfp4 mixes each 16 tokens of the weight gradient's operands by a Hadamard matrix

@@ -70,6 +70,11 @@ def attention_core(
         return te_attention(scale, precision, heads)
     if names == {"fp8"}:
         return Fp8Attention(scale=scale, precision=precision, lead=lead)
+    if names != {"plain"}:
+        # It stands on this module.
+        from foreshock.trainer.precision.biased_attention import BiasedAttention
+
+        return BiasedAttention(precision[0].attention, scale=scale, lead=lead)
     return PlainAttention(scale=scale, lead=lead)
 
 

@@ -94,5 +94,6 @@ def test_neither_name_nor_config_changes_an_answer(answers: list[dict[str, Any]]
 def test_the_version_tells_models_apart() -> None:
     artifact = load_shipped()
     assert artifact is not None
-    assert artifact.version == version_of(sorted(artifact.fingerprints))
+    heads = {name: head.features for name, head in artifact.heads.items()}
+    assert artifact.version == version_of(sorted(artifact.fingerprints), heads)
     assert version_of(["a"]) != version_of(["b"])

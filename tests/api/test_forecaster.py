@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,7 +11,11 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
+from foreshock.api.artifact import Artifact, Head, load, save
+from foreshock.api.features import FEATURES
 from foreshock.api.forecaster import DivergenceForecaster
+from foreshock.api.proportional import CoxForecaster, partial_likelihood
+from foreshock.api.trees import BoostedForecaster, ForestForecaster
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -18,7 +24,8 @@ FloatArray = npt.NDArray[np.float64]
 # set before scipy is imported.
 CHECKS = [
     (estimator, check)
-    for estimator, check in estimator_checks_generator(DivergenceForecaster())
+    for kind in (DivergenceForecaster, CoxForecaster, BoostedForecaster, ForestForecaster)
+    for estimator, check in estimator_checks_generator(kind())
     if "array_api" not in str(check)
 ]
 
@@ -145,3 +152,59 @@ def test_refuses_what_cannot_be() -> None:
         DivergenceForecaster().fit(x, y[:-1])
     with pytest.raises(NotFittedError):
         clone(DivergenceForecaster()).predict_cumulative(x)
+
+
+@pytest.mark.parametrize(
+    "prototype",
+    [
+        CoxForecaster(horizons=(10, 100), folds=3),
+        BoostedForecaster(horizons=(10, 100), folds=3, rounds=15),
+        ForestForecaster(horizons=(10, 100), folds=3, trees=10),
+    ],
+    ids=lambda p: type(p).__name__,
+)
+def test_other_models_are_calibrated_explained_and_kept_as_arrays(
+    prototype: DivergenceForecaster, tmp_path: Path
+) -> None:
+    x, y, groups = made_up(runs=40)
+    x = np.column_stack([x, np.full(len(x), np.nan)])
+    forecaster = clone(prototype).fit(x, y, groups=groups)
+    new, truth, _ = made_up(runs=40, seed=1)
+    new = np.column_stack([new, np.full(len(new), np.nan)])
+    known = (truth[:, 0] > 1) & ((truth[:, 0] <= 101) | (truth[:, 1] >= 101))
+    risk = forecaster.predict_cumulative(new)
+    assert abs(risk[known, 1].mean() - (truth[known, 0] <= 101).mean()) < 0.05
+    assert np.all(np.diff(risk, axis=1) >= 0)
+    head = Head(forecaster, {"1": 0.5}, {}, 100, tuple(FEATURES[:3]))
+    save(
+        Artifact(heads={"loss": head}, version="x", budget="1", fingerprints=frozenset()), tmp_path
+    )
+    again = load(tmp_path).heads["loss"].forecaster
+    np.testing.assert_allclose(again.predict_cumulative(new[:400]), risk[:400], rtol=1e-9)
+    row = np.array([4.0, 0.1, np.nan])
+    middle, low, high, parts = again.explain(row)
+    np.testing.assert_allclose(middle, again.predict_cumulative(row[None])[0], rtol=1e-9)
+    assert np.all((low <= middle) & (middle <= high))
+    assert parts[0] > abs(parts[1])
+    assert parts[2] == 0
+
+
+def test_the_partial_likelihood_is_cox_s() -> None:
+    """Against the definition, risk set by risk set, with ties, weights and censoring."""
+    rng = np.random.default_rng(3)
+    basis, weight = rng.normal(size=(30, 2)), rng.uniform(0.5, 2, 30)
+    time, event = -np.sort(-rng.integers(1, 9, 30)).astype(float), rng.random(30) < 0.5
+    beta = np.array([0.3, -0.7])
+    expected = 0.0
+    for i in np.flatnonzero(event):
+        risk = np.sum((weight * np.exp(basis @ beta))[time >= time[i]])
+        expected -= weight[i] * (basis[i] @ beta - np.log(risk))
+    expected /= np.sum(weight[event])
+    value, gradient = partial_likelihood(beta, basis, time, event, weight)
+    # The value is taken after a shift of the linear predictor, which cancels.
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    for k in range(2):
+        step = np.eye(2)[k] * 1e-6
+        ahead = partial_likelihood(beta + step, basis, time, event, weight)[0]
+        back = partial_likelihood(beta - step, basis, time, event, weight)[0]
+        np.testing.assert_allclose(gradient[k], (ahead - back) / 2e-6, rtol=1e-5)

@@ -181,7 +181,7 @@ def test_a_foreign_or_broken_artifact_is_refused(artifact: Artifact, tmp_path: P
     save(artifact, tmp_path)
     card = tmp_path / "model_card.json"
     document = json.loads(card.read_text())
-    document["features"]["names"] = list(FEATURES[:-1])
+    document["features"]["names"] = [*FEATURES, "loss.of_tomorrow"]
     card.write_text(json.dumps(document))
     with pytest.raises(ArtifactError, match="fit again"):
         load(tmp_path)

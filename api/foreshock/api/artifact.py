@@ -15,7 +15,7 @@ from typing import Any, Final
 from foreshock.api.alerts import AlertSettings
 from foreshock.api.features import FEATURES, FeatureSettings
 from foreshock.api.forecaster import DivergenceForecaster
-from foreshock.api.model_card import CARD_FILE, HEADS, SHIPPED
+from foreshock.api.model_card import CARD_FILE, FIRST_HEADS, HEADS, SHIPPED
 from foreshock.api.skops_import import import_skops
 
 __all__ = [
@@ -30,7 +30,12 @@ __all__ = [
 
 skops_io: Final = import_skops()
 
-_TRUSTED: Final = ("foreshock.api.forecaster.DivergenceForecaster",)
+_TRUSTED: Final = (
+    "foreshock.api.forecaster.DivergenceForecaster",
+    "foreshock.api.proportional.CoxForecaster",
+    "foreshock.api.trees.BoostedForecaster",
+    "foreshock.api.trees.ForestForecaster",
+)
 _MODEL_FILE: Final = "forecaster.skops"
 _FORMAT: Final = 1
 
@@ -44,17 +49,19 @@ class Head:
     """One fitted forecaster with its alarm thresholds.
 
     Attributes:
-        forecaster: Fitted on the features that `HEADS` names for it.
+        forecaster: Fitted on `features`.
         thresholds: Alarm budget (false alarms per 10,000 healthy steps, as text) to the probability
             at `alarm_horizon` that keeps it; None where the data cannot support the budget.
         reasons: Budget to the reason of a None.
         alarm_horizon: The horizon in steps whose probability is compared; None without one.
+        features: Names of the features that it sees, in order.
     """
 
     forecaster: DivergenceForecaster
     thresholds: Mapping[str, float | None]
     reasons: Mapping[str, str] = field(default_factory=dict)
     alarm_horizon: int | None = None
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +105,7 @@ def save(artifact: Artifact, folder: Path) -> None:
                 "thresholds": dict(head.thresholds),
                 "reasons": dict(head.reasons),
                 "alarm_horizon": head.alarm_horizon,
+                "features": list(head.features),
             }
             for name, head in artifact.heads.items()
         },
@@ -124,7 +132,7 @@ def load(folder: Path) -> Artifact:
         raise ArtifactError(f"{folder / CARD_FILE} is not JSON: {error}") from None
     if document.get("format") != _FORMAT:
         raise ArtifactError(f"artifact format {document.get('format')}; this version reads 1")
-    if document["features"]["names"] != list(FEATURES):
+    if not set(document["features"]["names"]) <= set(FEATURES):
         raise ArtifactError(
             "the artifact was fitted on other features than this version computes: fit again"
         )
@@ -132,7 +140,13 @@ def load(folder: Path) -> Artifact:
     half_lives = tuple(float(h) for h in document["features"]["half_lives"])
     return Artifact(
         heads={
-            name: Head(forecasters[name], h["thresholds"], h["reasons"], h["alarm_horizon"])
+            name: Head(
+                forecasters[name],
+                h["thresholds"],
+                h["reasons"],
+                h["alarm_horizon"],
+                tuple(h.get("features") or FIRST_HEADS[name]),
+            )
             for name, h in document["heads"].items()
         },
         version=document["version"],

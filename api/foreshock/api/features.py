@@ -6,15 +6,25 @@ learning rate) becomes a feature, and zero always means "as usual", so a missing
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from foreshock.api.dynamics import (
+    DYNAMIC_GRADIENT,
+    DYNAMIC_LOSS,
+    DYNAMIC_PLAIN,
+    DYNAMIC_SCALED,
+    ScalarDynamics,
+    role_dynamics,
+)
 from foreshock.api.signals import SIGNALS, TENSOR_SIGNALS
 
 __all__ = [
+    "DYNAMIC_FEATURES",
     "FEATURES",
     "GRADIENT_FEATURES",
     "LOSS_FEATURES",
@@ -58,14 +68,20 @@ TENSOR_FEATURES: Final = (
     *(f"{name}.{view}" for name in _TENSORS for view in _TENSOR_VIEWS),
     *MOVE_FEATURES,
 )
-FEATURES: Final[tuple[str, ...]] = (*LOSS_FEATURES, *GRADIENT_FEATURES, *TENSOR_FEATURES)
+DYNAMIC_FEATURES: Final = (*DYNAMIC_LOSS, *DYNAMIC_GRADIENT, *DYNAMIC_PLAIN, *DYNAMIC_SCALED)
+FEATURES: Final[tuple[str, ...]] = (
+    *LOSS_FEATURES,
+    *GRADIENT_FEATURES,
+    *TENSOR_FEATURES,
+    *DYNAMIC_FEATURES,
+)
 """Names of the entries of a feature vector: `<signal>.<view>`.
 
 Views: `now`, `short`, `medium` are the value and its means over about 6 and 23 records, less the
 slow mean (about 92 records), in units of the signal's own noise; `slow` the slow mean less the very
 slow one (about 370); `change` is `medium` in the signal's own unit (log2; for the loss a share);
 `noise` log2 of recent over usual noise. `<role>.move` and `.strongest` are the root mean square and
-the largest absolute `medium` of a role's signals.
+the largest absolute `medium` of a role's signals. The rest is explained in `dynamics`.
 """
 SIGNAL_OF_FEATURE: Final = {name: name.rsplit(".", 1)[0] for name in FEATURES}
 
@@ -76,6 +92,14 @@ _ROLE_SLICES: Final = tuple(
     np.array([i for i, name in enumerate(_TENSORS) if name.startswith(f"{role}.")])
     for role in _ROLES
 )
+_PLAIN_STATISTICS: Final = ("kurtosis", "channel_kurtosis", "rms", "amax")
+_ROLE_PLAIN: Final = tuple(
+    np.array([k for k, i in enumerate(rows) if _TENSORS[i].split(".")[1] in _PLAIN_STATISTICS])
+    for rows in _ROLE_SLICES
+)
+_ROLE_PAIRS: Final = tuple(plain.reshape(-1, 2) for plain in _ROLE_PLAIN)
+_BASE: Final = len(FEATURES) - len(DYNAMIC_FEATURES)
+_ROLE_DYNAMICS: Final = len(DYNAMIC_PLAIN) + len(DYNAMIC_SCALED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +210,8 @@ class FeatureExtractor:
         self._best = np.inf
         self._first = -np.inf
         self._tensor_features = np.full(len(TENSOR_FEATURES), np.nan)
+        self._role_features = np.full(_ROLE_DYNAMICS, np.nan)
+        self._dynamics = ScalarDynamics()
         self._tensor_seen = False
 
     @property
@@ -203,7 +229,9 @@ class FeatureExtractor:
         self._scalars.rebaseline()
         self._tensors.rebaseline()
         self._best = np.inf
+        self._dynamics.rebaseline()
         self._tensor_features[:] = np.nan
+        self._role_features[:] = np.nan
         self._tensor_seen = False
         self._muted = self.settings.settle
 
@@ -230,25 +258,34 @@ class FeatureExtractor:
         self._scalars.update(scalars)
         self._scalars.usual_noise[0] += _LOSS_FLOOR * abs(self._scalars.mean[2, 0])
         self._update_tensors(signals[_TENSOR_COLUMNS])
-        self._track_best(scalars[0])
+        new_best = self._track_best(scalars[0])
+        self._dynamics.update(
+            (scalars - before) / self._scalars.usual_noise,
+            self._scalars.mean[2],
+            settled=bool(self._scalars.count[0] >= self.settings.warmup),
+            new_best=new_best,
+        )
         if self.missing is not None:
             return None
         return self._assemble(scalars, before)
 
-    def _track_best(self, loss: float) -> None:
+    def _track_best(self, loss: float) -> bool:
         if not np.isfinite(loss):
-            return
+            return False
         if self._records <= 3:
             self._first = max(self._first, loss)
         medium = float(self._scalars.mean[1, 0])
         if medium < self._best and self._scalars.count[0] >= 8:
             self._best = medium
+            return True
+        return False
 
     def _update_tensors(self, values: FloatArray) -> None:
         self._tensor_age += 1
         if not np.isfinite(values).any():
             if self._tensor_seen and self._tensor_age > self.settings.stale:
                 self._tensor_features[:] = np.nan
+                self._role_features[:] = np.nan
                 self._tensor_seen = False
             return
         self._tensors.update(values, min(self._tensor_age, self.settings.stale))
@@ -260,6 +297,7 @@ class FeatureExtractor:
         views[~ready] = np.nan
         self._tensor_features[: views.size] = views.ravel()
         self._tensor_features[views.size : -1] = _moves(views[:, 1])
+        self._role_features = _role_dynamics(views)
         self._tensor_seen = True
 
     def _differences(self, trackers: _Trackers, views: int) -> FloatArray:
@@ -291,10 +329,29 @@ class FeatureExtractor:
         row[start : start + flat.size - count] = flat[count:]
         row[start + flat.size - count] = recent[1]
         tensors = len(LOSS_FEATURES) + len(GRADIENT_FEATURES)
-        row[tensors:] = self._tensor_features
+        row[tensors:_BASE] = self._tensor_features
         if self._tensor_seen:
-            row[-1] = recent[2]
+            row[_BASE - 1] = recent[2]
+        self._assemble_dynamics(row[_BASE:], noise)
         return row
+
+    def _assemble_dynamics(self, part: FloatArray, noise: FloatArray) -> None:
+        means, ready = self._scalars.mean, self._scalars.ready(self.settings.settle)
+        part[:] = np.nan
+        loss, gradient = len(DYNAMIC_LOSS), len(DYNAMIC_LOSS) + len(DYNAMIC_GRADIENT)
+        if ready[0] and np.isfinite(self._best):
+            progress = max(self._first - self._best, float(noise[0]), 1e-30)
+            part[:loss] = self._dynamics.loss(means[:, 0], float(noise[0]), progress)
+        if ready[1] or ready[2]:
+            part[loss:gradient] = self._dynamics.gradient(means, noise)
+            for index, each in ((1, slice(loss, loss + 5)), (2, slice(loss + 5, loss + 10))):
+                if not ready[index]:
+                    part[each] = np.nan
+            if not (ready[0] and ready[1]):
+                part[gradient - 2] = np.nan
+            if not ready[3]:
+                part[gradient - 1] = np.nan
+        part[gradient:] = self._role_features
 
     def _above_best(self, noise: float) -> float:
         """How far above its best the loss is, as a share of the progress made."""
@@ -317,8 +374,23 @@ def _moves(medium: FloatArray) -> FloatArray:
     return np.array(parts)
 
 
+def _role_dynamics(views: FloatArray) -> FloatArray:
+    plain: list[float] = []
+    scaled: list[float] = []
+    for rows, needs_none, pairs in zip(_ROLE_SLICES, _ROLE_PLAIN, _ROLE_PAIRS, strict=True):
+        first, second = role_dynamics(
+            views[rows, 1], views[rows, 2], views[rows, 3], needs_none, pairs
+        )
+        plain += first
+        scaled += second
+    return np.array([*plain, *scaled])
+
+
 def extract_run(
-    steps: npt.ArrayLike, signals: FloatArray, settings: FeatureSettings | None = None
+    steps: npt.ArrayLike,
+    signals: FloatArray,
+    settings: FeatureSettings | None = None,
+    planned: Collection[int] = (),
 ) -> FloatArray:
     """Features of a whole run by the same incremental code.
 
@@ -326,13 +398,18 @@ def extract_run(
         steps: (T,) steps in the order of logging.
         signals: (T, len(SIGNALS)).
         settings: As the live extractor's.
+        planned: Steps with a planned event: levels start afresh there.
 
     Returns:
         (T, len(FEATURES)); rows of NaN where there is too little history.
     """
     extractor = FeatureExtractor(settings)
     rows = np.full((len(signals), len(FEATURES)), np.nan)
+    ahead = sorted(planned, reverse=True)
     for index, step in enumerate(np.asarray(steps)):
+        while ahead and ahead[-1] <= step:
+            ahead.pop()
+            extractor.rebaseline()
         features = extractor.update(int(step), signals[index])
         if features is not None:
             rows[index] = features

@@ -7,7 +7,7 @@ nothing: the runs used here are not the runs a report may speak of.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -48,9 +48,10 @@ class Series:
     healthy: npt.NDArray[np.bool_]
 
 
-def columns_of(head: str) -> npt.NDArray[np.intp]:
-    """Columns of a feature vector that a head sees."""
-    return np.array([FEATURES.index(name) for name in HEADS[head]])
+def columns_of(head: str | Sequence[str]) -> npt.NDArray[np.intp]:
+    """Columns of a feature vector that a head, or a list of features, sees."""
+    names = HEADS[head] if isinstance(head, str) else head
+    return np.array([FEATURES.index(name) for name in names])
 
 
 def false_alarms(series: Iterable[Series], threshold: float, settings: AlertSettings) -> int:
@@ -116,7 +117,8 @@ def fit_head(
     ]
     if not supported:
         reason = next(iter(forecaster.reasons_.values()), "nothing to fit")
-        return Head(forecaster, dict.fromkeys(BUDGETS), dict.fromkeys(BUDGETS, reason))
+        none = dict.fromkeys(BUDGETS)
+        return Head(forecaster, none, dict.fromkeys(BUDGETS, reason), features=HEADS[name])
     at = max((h for h in supported if h <= 100), default=supported[0])
     series = held_out_series(name, forecaster, runs, at)
     thresholds: dict[str, float | None] = {}
@@ -125,11 +127,11 @@ def fit_head(
         thresholds[budget], reason = threshold_for(series, float(budget))
         if reason:
             reasons[budget] = reason
-    return Head(forecaster, thresholds, reasons, at)
+    return Head(forecaster, thresholds, reasons, at, HEADS[name])
 
 
 def fit_forecaster(
-    name: str, runs: Sequence[CorpusRun], prototype: DivergenceForecaster
+    name: str | Sequence[str], runs: Sequence[CorpusRun], prototype: DivergenceForecaster
 ) -> DivergenceForecaster:
     """Fit a clone of `prototype` on a head's features of thinned rows."""
     rows = training_rows(runs)
@@ -145,7 +147,10 @@ def fit_forecaster(
 
 
 def held_out_series(
-    name: str, forecaster: DivergenceForecaster, runs: Sequence[CorpusRun], horizon: int
+    name: str | Sequence[str],
+    forecaster: DivergenceForecaster,
+    runs: Sequence[CorpusRun],
+    horizon: int,
 ) -> list[Series]:
     """Scores of the training runs by the model that has not seen their group."""
     columns = columns_of(name)
@@ -177,16 +182,16 @@ def fit_artifact(
     supported = [b for b in reversed(BUDGETS) if heads["full"].thresholds.get(b) is not None]
     return Artifact(
         heads=heads,
-        version=version_of(prints),
+        version=version_of(prints, {name: head.features for name, head in heads.items()}),
         budget=supported[0] if supported else BUDGETS[-1],
         fingerprints=frozenset(prints),
         card=card | describe(runs, heads),
     )
 
 
-def version_of(fingerprints: Sequence[str]) -> str:
+def version_of(fingerprints: Sequence[str], heads: Mapping[str, Sequence[str]] = HEADS) -> str:
     """Name of a model: a digest of its training runs and of the features that its heads see."""
-    seen = [*fingerprints, *(f"{head}:{name}" for head, names in HEADS.items() for name in names)]
+    seen = [*fingerprints, *(f"{head}:{name}" for head, names in heads.items() for name in names)]
     return f"first-light-{hashlib.sha256(' '.join(seen).encode()).hexdigest()[:12]}"
 
 

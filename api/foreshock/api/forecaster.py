@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-__all__ = ["DivergenceForecaster", "NotEnoughDataError"]
+__all__ = ["DivergenceForecaster", "NotEnoughDataError", "calibrate", "complement"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
@@ -122,13 +122,11 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"groups, runs, sample_weight: give {rows} entries, one per row")
         if not np.sum(weight) > 0 or np.any(weight < 0):
             raise ValueError("sample_weight: allowed are weights from 0 on that are not all zero")
-        basis = _basis(data)
-        self._scale = np.maximum(np.sqrt(np.average(basis**2, axis=0, weights=weight)), 0.05)
-        basis = basis / self._scale
+        basis = self._prepare(data, weight)
         fold = _fold_of(label, self.folds, self.random_state)
         self.fold_of_group_ = dict(zip(label.tolist(), fold.tolist(), strict=True))
         self.reasons_: dict[int, str] = {}
-        self._models: list[dict[str, FloatArray]] = []
+        self._models: list[dict[str, Any]] = []
         for index, interval in enumerate(self._intervals()):
             at_risk, event = _outcome(interval, time, observed)
             reason = self._unsupported(run[at_risk], event[at_risk], fold[at_risk], interval)
@@ -136,7 +134,9 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
                 for horizon in self.horizons[index:]:
                     self.reasons_[int(horizon)] = reason
                 break
-            self._models.append(self._fit_interval(basis, at_risk, event, weight, fold))
+            self._models.append(
+                self._fit_interval(basis, at_risk, event, weight, fold, time, observed)
+            )
         count = len(self._models)
         self.supported_ = np.arange(len(self.horizons)) < count
         self.base_rate_ = _base_rate(time, observed, weight, self._reach())
@@ -182,6 +182,12 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
                 return f"a fold of the training runs has only one outcome {name}"
         return None
 
+    def _prepare(self, data: FloatArray, weight: FloatArray) -> FloatArray:
+        """What the models are fitted on: the basis in units of its own size."""
+        basis = _basis(data)
+        self._scale = np.maximum(np.sqrt(np.average(basis**2, axis=0, weights=weight)), 0.05)
+        return np.asarray(basis / self._scale)
+
     def _fit_interval(
         self,
         basis: FloatArray,
@@ -189,7 +195,11 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         event: BoolArray,
         weight: FloatArray,
         fold: IntArray,
-    ) -> dict[str, FloatArray]:
+        time: FloatArray,
+        observed: FloatArray,
+    ) -> dict[str, Any]:
+        """Models of the folds for one interval, calibrated."""
+        del time, observed  # for models that look at the times themselves
         coefficients, intercepts = [], []
         score = np.full(len(basis), np.nan)
         for part in range(self.folds):
@@ -202,7 +212,7 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
             intercepts.append(float(model.intercept_[0]))
             held_out = fold == part
             score[held_out] = basis[held_out] @ coefficients[-1] + intercepts[-1]
-        slope, shift = _calibrate(score[at_risk], event[at_risk], weight[at_risk])
+        slope, shift = calibrate(score[at_risk], event[at_risk], weight[at_risk])
         return {
             "coefficients": slope * np.array(coefficients),
             "intercepts": slope * np.array(intercepts) + shift,
@@ -289,14 +299,14 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
             variance = sum((s - centre) ** 2 for s in scores) / len(scores)
             spread = 1.96 * math.sqrt((len(scores) - 1) * variance)
             for place, offset in enumerate((0.0, -spread, spread)):
-                ends[place] *= _complement(centre + shift + offset)
+                ends[place] *= complement(centre + shift + offset)
             middle[index], low[index], high[index] = (1.0 - end for end in ends)
         weights = self._models[min(1, len(self._models) - 1)]["coefficients"].mean(axis=0)
         product = weights * basis
         return middle, low, high, product[:count] + product[count:]
 
 
-def _complement(log_odds: float) -> float:
+def complement(log_odds: float) -> float:
     """1 - probability."""
     return 1.0 / (1.0 + math.exp(min(max(log_odds, -60.0), 60.0)))
 
@@ -336,7 +346,7 @@ def _sigmoid(value: FloatArray) -> FloatArray:
     return np.asarray(1.0 / (1.0 + np.exp(-np.clip(value, -60.0, 60.0))))
 
 
-def _calibrate(score: FloatArray, event: BoolArray, weight: FloatArray) -> tuple[float, float]:
+def calibrate(score: FloatArray, event: BoolArray, weight: FloatArray) -> tuple[float, float]:
     """Platt's slope and shift on held-out scores; a slope is never negative."""
     share = weight / weight.mean()
     model = LogisticRegression(C=1.0, solver="newton-cholesky", max_iter=200)

@@ -38,11 +38,16 @@ NO_MODEL: Final = "no fitted model installed"
 _DRIVERS: Final = 5
 _SIGNAL_NAMES: Final = tuple(dict.fromkeys(SIGNAL_OF_FEATURE.values()))
 _SIGNAL: Final = np.array([_SIGNAL_NAMES.index(SIGNAL_OF_FEATURE[name]) for name in FEATURES])
-_COLUMNS: Final = {
-    name: np.array([FEATURES.index(f) for f in features]) for name, features in HEADS.items()
-}
+_PLACE: Final = {name: index for index, name in enumerate(FEATURES)}
+_TENSORS: Final = np.array(
+    [i for i, f in enumerate(FEATURES) if f.startswith(("input.", "weight."))]
+)
+_SCALED: Final = np.array(
+    [i for i, f in enumerate(FEATURES) if f.split(".")[1:2] in (["headroom_log2"], ["sqnr_db"])]
+)
 _NEEDS: Final = {
-    "full": np.array([i for i, f in enumerate(FEATURES) if f.startswith(("input.", "weight."))]),
+    "full": _TENSORS,
+    "layers": _TENSORS,
     "gradient": np.array([i for i, f in enumerate(FEATURES) if f.startswith("grad_norm.")]),
     "loss": np.array([i for i, f in enumerate(FEATURES) if f.startswith("loss.")]),
 }
@@ -86,6 +91,12 @@ class LocalScorer:
         self._artifact = artifact if artifact is not None else load_shipped()
         self._prior = prior
         self.threshold_factor = threshold_factor
+        heads = self._artifact.heads if self._artifact else {}
+        self._columns = {
+            name: np.array([_PLACE[f] for f in head.features]) for name, head in heads.items()
+        }
+        # Only an artifact that knows runs without scales asks for scales in its richest head.
+        self._needs = _NEEDS | ({"full": _SCALED} if "layers" in heads else {})
         settings = self._artifact.features if self._artifact else None
         self._extractor = FeatureExtractor(settings)
         self._detector = LossDetector()
@@ -212,14 +223,16 @@ class LocalScorer:
         name = next((n for n in HEADS if self._usable(n, self.features)), None)
         if name is None:
             return self._silent("neither loss, gradient norm nor tensors in the recent records")
-        return self._ask(self._artifact, self._artifact.heads[name], self.features[_COLUMNS[name]])
+        return self._ask(self._artifact, self._artifact.heads[name], name)
 
     def _usable(self, name: str, features: FloatArray) -> bool:
         assert self._artifact is not None
         head = self._artifact.heads.get(name)
-        return head is not None and bool(np.isfinite(features[_NEEDS[name]]).any())
+        return head is not None and bool(np.isfinite(features[self._needs[name]]).any())
 
-    def _ask(self, artifact: Artifact, head: Head, row: FloatArray) -> _Forecast:
+    def _ask(self, artifact: Artifact, head: Head, name: str) -> _Forecast:
+        assert self.features is not None
+        row = self.features[self._columns[name]]
         middle, low, high, contributions = head.forecaster.explain(row, prior=self._prior)
         probability: dict[int, float | None] = {}
         reasons: dict[int, str] = {}
@@ -236,16 +249,16 @@ class LocalScorer:
             probability=probability,
             reasons=reasons,
             band=band,
-            drivers=self._drivers(contributions),
+            drivers=self._drivers(contributions, self._columns[name]),
             alarm=None if at is None else probability.get(at),
             threshold=head.thresholds.get(artifact.budget),
         )
 
-    def _drivers(self, contributions: FloatArray) -> tuple[Driver, ...]:
+    def _drivers(
+        self, contributions: FloatArray, columns: npt.NDArray[np.intp]
+    ) -> tuple[Driver, ...]:
         """The signals that raise the risk most, their features' contributions added up."""
-        totals = np.bincount(
-            _SIGNAL[: contributions.size], weights=contributions, minlength=len(_SIGNAL_NAMES)
-        )
+        totals = np.bincount(_SIGNAL[columns], weights=contributions, minlength=len(_SIGNAL_NAMES))
         ranked = np.argsort(-totals, kind="stable")[:_DRIVERS]
         layers = dict(zip(EXTREMES, self._worst, strict=True))
         return tuple(

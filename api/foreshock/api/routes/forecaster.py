@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field, JsonValue
 
 from foreshock.api.access.scopes import READ
-from foreshock.api.model_card import HEADS, load_shipped_card
+from foreshock.api.model_card import FIRST_HEADS, HEADS, load_shipped_card
 from foreshock.api.openapi import errors
 from foreshock.api.problems import Problem
 from foreshock.monitor.record import HORIZONS
@@ -65,7 +65,7 @@ def get_forecaster() -> ForecasterCard:
         heads=[
             HeadCard(
                 name=name,
-                features=len(HEADS[name]),
+                features=len(document["heads"][name].get("features") or FIRST_HEADS[name]),
                 alarm_horizon=document["heads"][name]["alarm_horizon"],
                 thresholds=document["heads"][name]["thresholds"],
                 reasons=document["heads"][name]["reasons"],

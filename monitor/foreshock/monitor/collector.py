@@ -101,6 +101,7 @@ class Collector(ops.Receiver):
         handle: Under which a compiled graph reaches this collector.
         on_begin: Called when a training forward pass of the model begins inside a graph.
         on_loss: Called with the loss that a graph computed.
+        on_flush: Called at each `flush`.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Collector(ops.Receiver):
     ) -> None:
         self.on_begin: Callable[[], None] = _nothing
         self.on_loss: Callable[[torch.Tensor], None] = _nothing
+        self.on_flush: Callable[[], None] = _nothing
         self.measuring = False
         self.sampling = Sampling()
         self.skipped: set[tuple[str, str]] = set()
@@ -290,6 +292,7 @@ class Collector(ops.Receiver):
 
     def flush(self) -> None:
         """Measure what waits to be measured together."""
+        self.on_flush()
         if self._rows is not None:
             self._rows.flush(recording=self.recording)
 

@@ -155,7 +155,8 @@ class DeviceRows:
             due = self._steps <= _TIMED_FIRST or self._steps % _TIMED_EVERY == 0
             self._timing = due and self._device.type == "cuda"
             self._rows.copy_(self._neutral.expand_as(self._rows))
-            self._vectors.zero()
+            if detailed or self._count_exponents:
+                self._vectors.zero()
 
     def next_micro_batch(self, *, recording: bool = False) -> None:
         """Count on, on the device: a captured graph counts at every replay."""

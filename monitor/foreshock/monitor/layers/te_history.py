@@ -50,22 +50,44 @@ class History:
         self._context = context
         self._flush = context.hook(self.flush)
         self._waiting: list[tuple[Sequence[TensorIdentity], torch.Tensor]] = []
+        # Identities and values that stay as they are until the collector's flush.
+        self._lasting: tuple[list[TensorIdentity], list[torch.Tensor]] = ([], [])
+        context.collector.on_flush = self.copy_lasting
         self._count = 0
         self._scheduled = False
         self._constants: tuple[tuple[str, ...], torch.Tensor, torch.Tensor] | None = None
 
-    def add(self, identities: Sequence[TensorIdentity], amax_and_scale: list[torch.Tensor]) -> None:
+    def add(
+        self,
+        identities: Sequence[TensorIdentity],
+        amax_and_scale: list[torch.Tensor],
+        *,
+        lasting: bool = False,
+    ) -> None:
         """Copy what is in force now.
 
         Args:
             identities: One per tensor.
             amax_and_scale: Of each tensor in turn; 0-dim, on the device.
+            lasting: Whether they stay as they are until the collector's flush.
         """
         if torch._C._current_graph_task_id() == -1:
             self._scheduled = False
-        if self._count < _MOST_WAITING:
-            self._count += len(identities)
+        if self._count >= _MOST_WAITING:
+            return
+        self._count += len(identities)
+        if lasting:
+            self._lasting[0].extend(identities)
+            self._lasting[1].extend(amax_and_scale)
+        else:
             self._waiting.append((identities, torch.stack(amax_and_scale)))
+
+    def copy_lasting(self) -> None:
+        """Copy what is about to change."""
+        identities, values = self._lasting
+        if identities:
+            self._waiting.append((identities, torch.stack(values)))
+            self._lasting = ([], [])
 
     def schedule(self) -> None:
         """Make the rows once the backward pass that is running has ended."""
@@ -76,6 +98,7 @@ class History:
 
     def flush(self) -> None:
         """Hand the rows to the collector."""
+        self.copy_lasting()
         waiting, self._waiting = self._waiting, []
         self._count, self._scheduled = 0, False
         if not waiting:

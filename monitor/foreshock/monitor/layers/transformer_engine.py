@@ -129,6 +129,7 @@ class _Layer:
         self.context = context
         self.collector = context.collector
         self.history = history
+        self.repeats = False
         self._casts: dict[tuple[str, int], Cast] = {}
         self._identities: dict[tuple[str, str, str, int], TensorIdentity] = {}
 
@@ -167,7 +168,9 @@ class _Layer:
         self.context.begins()
         if not self.collector.wants or te_exact.took_over(module):
             return
-        self.look(_Call(self, module, self.context.next_call(self.name)), args, kwargs, output)
+        index = self.context.next_call(self.name)
+        self.repeats = self.repeats or index > 0
+        self.look(_Call(self, module, index), args, kwargs, output)
 
     def look(
         self, call: _Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
@@ -226,7 +229,15 @@ class _Call:
                 identities.append(self.layer.identity(layer, role, cast, self.index))
                 values += [cast.amax, cast.scale]
         if identities:
-            self.layer.history.add(identities, values)
+            self.layer.history.add(identities, values, lasting=self.lasting)
+
+    @property
+    def lasting(self) -> bool:
+        """Whether this call's scales and largest magnitudes stay as they are for now.
+
+        A layer that is called again goes on with its largest magnitudes.
+        """
+        return self.layer.collector.lasting and not self.layer.repeats
 
     def weighs(self, layer: str) -> bool:
         """Whether the layer's weight is still to be measured in this step."""
@@ -317,6 +328,11 @@ class _Gradients:
         self.updates = self.lasting = False
         self._scales: list[torch.Tensor] = []
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether scales and largest magnitudes outlast this layer's backward pass."""
+        return self.lasting and not self.updates and not self._call.layer.repeats
+
     def came(self, gradient: torch.Tensor) -> None:
         """Before the layer's backward pass."""
         call, collector = self._call, self._call.layer.collector
@@ -331,7 +347,8 @@ class _Gradients:
             collector.flush()
         if call.layer.collector.measuring and not call.layer.collector.recording:
             # The scale in force, which the pass may replace.
-            self._scales = [cast.scale.clone() for cast in self._inner_casts()]
+            scales = [cast.scale for cast in self._inner_casts()]
+            self._scales = scales if self._keeps else [scale.clone() for scale in scales]
             call.layer.history.schedule()
 
     def went(self, *_: object) -> None:
@@ -348,7 +365,7 @@ class _Gradients:
                 # Current scaling makes its scale during the pass.
                 values += [amax, before if cast.delayed else cast.scale]
         if identities:
-            call.layer.history.add(identities, values)
+            call.layer.history.add(identities, values, lasting=self._keeps)
 
     def _inner_casts(self) -> list[Any]:
         casts = [self._call.cast("scaling_bwd", place.gradient) for place in self.inner]

@@ -78,7 +78,9 @@ def tests() -> list[Part]:
         pytest_part("test_kernels_e5m2", kernels, "-k", "any_shape and e5m2"),
         pytest_part("test_kernels_e4m3", kernels, "-k", "any_shape and e4m3"),
         pytest_part("test_kernels_rest", kernels, "-k", "not any_shape"),
-        pytest_part("test_device_rows", "tests/gpu/test_device_rows.py"),
+        pytest_part(
+            "test_device_rows", "tests/gpu/test_device_rows.py", "tests/gpu/test_fused_norms.py"
+        ),
         pytest_part("test_watch", "tests/gpu/test_watch.py"),
         pytest_part("test_blocks", "tests/gpu/test_blocks.py"),
         pytest_part("test_nccl", "tests/gpu/test_nccl.py"),

@@ -5,10 +5,11 @@ Reads parameters and gradients and writes nothing. Reads no value on the host.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from foreshock.monitor.containment import Containment
 from foreshock.monitor.placement import PLAIN, local_of
+
+if TYPE_CHECKING:
+    from foreshock.monitor.fused_norms import FusedNorms
 
 __all__ = [
     "SAMPLED_ELEMENTS",
@@ -141,6 +145,7 @@ class GradientNorms:
         self._known: tuple[list[torch.Tensor], tuple[str, ...]] = ([], ())
         self._guard = guard
         self._names = names
+        self._fused = _fused(next((local_of(p.detach()).device for p in names), None))
         self._held: torch.Tensor | None = None
         # Those whose gradients came first in a pass.
         self._openers: set[torch.Tensor] = set()
@@ -228,7 +233,12 @@ class GradientNorms:
                 return
             self._held = held[0]
             gradients = [_values(p.grad) for p in held if p.grad is not None]
-            norms = Norms(self._names_of(held), (_stacked(_norms(gradients)),))
+            vector = None
+            if self._fused is not None and not torch.cuda.is_current_stream_capturing():
+                vector = self._fused.norms(gradients)
+            if vector is None:
+                vector = _stacked(_norms(gradients))
+            norms = Norms(self._names_of(held), (vector,))
             if _capturing(norms):
                 self._captured = norms
             else:
@@ -244,6 +254,15 @@ class GradientNorms:
     def _same(self, parameters: list[torch.Tensor]) -> bool:
         known = self._known[0]
         return len(known) == len(parameters) and all(map(is_, known, parameters))
+
+
+def _fused(device: torch.device | None) -> FusedNorms | None:
+    """Norms by one launch, where there is a CUDA device and Triton."""
+    if device is None or device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from foreshock.monitor.fused_norms import FusedNorms
+
+    return FusedNorms(device)
 
 
 def _hooked(parameter: nn.Parameter, function: Callable[[torch.Tensor], None]) -> RemovableHandle:

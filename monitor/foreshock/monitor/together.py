@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 
 from foreshock.monitor.launches import Launch, start
+from foreshock.monitor.tables import Tables
 from foreshock.monitor.triton_tables import FIELDS, MEMBERS, table_kernel
 
 __all__ = ["Member", "Together", "member_of"]
@@ -29,7 +30,6 @@ _KINDS: Final = {
 # What may wait lives longer for it: this much at most.
 _MOST_BYTES: Final = 2**28
 _MOST_PROGRAMS: Final = 2**15
-_TABLES: Final = 64
 _MOST_LAYOUTS: Final = 64
 _X, _SCALE = 2, 4
 
@@ -136,49 +136,6 @@ class _Layout:
         return cls(np.array(order), static, groups)
 
 
-class _Tables:
-    """Places for tables on both sides, taken in turn: the device may be behind the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        shape = (_TABLES, MEMBERS, FIELDS)
-        on_cuda = device.type == "cuda"
-        self._host = torch.empty(shape, dtype=torch.int64, pin_memory=on_cuda)
-        self._there = torch.empty(shape, dtype=torch.int64, device=device)
-        self._pairs = list(zip(self._host.unbind(0), self._there.unbind(0), strict=True))
-        self._arrays = [host.numpy() for host, _ in self._pairs]
-        self._addresses = [there.data_ptr() for _, there in self._pairs]
-        self._next = 0
-        # Recorded half a round ago.
-        self._half: torch.cuda.Event | None = None
-
-    def take(self) -> int | None:
-        """The number of a place; None if the device is half a round behind."""
-        at = self._next
-        if self._device.type == "cuda" and at % (_TABLES // 2) == 0:
-            if self._half is not None and not self._half.query():  # type: ignore[no-untyped-call]
-                return None
-            self._half = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._half.record()
-        self._next = (at + 1) % _TABLES
-        return at
-
-    def array(self, at: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """To be filled."""
-        return self._arrays[at]
-
-    def copy(self, at: int) -> tuple[torch.Tensor, int]:
-        """Queue its copy; the table on the device and its address."""
-        host, there = self._pairs[at]
-        there.copy_(host, non_blocking=True)
-        return there, self._addresses[at]
-
-    @property
-    def bytes(self) -> int:
-        """Memory on the device."""
-        return self._there.numel() * 8
-
-
 @dataclass(slots=True)
 class _Waiting:
     """What has been noted: members, and of each what must not change until it is measured."""
@@ -206,7 +163,7 @@ class Together:
         self._programs = self._size = 0
         self._stream = 0
         self._layouts: dict[tuple[Member, ...], _Layout] = {}
-        self._tables = _Tables(control.device)
+        self._tables = Tables(control.device, MEMBERS, FIELDS)
 
     @property
     def waits(self) -> bool:
@@ -321,7 +278,7 @@ class Together:
         at = self._tables.take()
         if at is None:
             # Rather new memory than to wait for the device.
-            self._tables = _Tables(self._control.device)
+            self._tables = Tables(self._control.device, MEMBERS, FIELDS)
             at = self._tables.take()
             assert at is not None
         count = len(key)

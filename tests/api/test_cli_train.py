@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from foreshock.api.cli.main import app
 from foreshock.api.cli.train import RiskPoller
+from foreshock.api.cli.train_config import run_config
 from foreshock.trainer.recipes import RECIPES
 
 
@@ -101,3 +102,47 @@ def test_risk_of_an_unknown_run_or_dead_service_is_a_dash(service: str) -> None:
     for poller in pollers:
         poller.close()
         assert poller.text() == "-"
+
+
+def test_settings_come_from_recipe_file_and_command_line_in_this_order(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("steps = 3\n[optimizer]\nlearning_rate = 1e-3\nbeta2 = 0.9\n")
+    config = run_config(
+        "debug_cpu", file=file, assignments=["optimizer.learning_rate=3e-3", "model.width=16"]
+    )
+    assert (config.steps, config.optimizer.beta2) == (3, 0.9)
+    assert (config.optimizer.learning_rate, config.model.width) == (3e-3, 16)
+    assert config.model.layers == RECIPES["debug_cpu"](0).model.layers
+    alone = tmp_path / "run.json"
+    alone.write_text(json.dumps(config.as_dict()))
+    assert run_config(None, file=alone) == config
+
+
+def test_fields_show_the_values_of_a_recipe_and_the_list_every_recipe() -> None:
+    text = _train("debug_cpu", "--fields", "--set", "optimizer.learning_rate=0.5").output
+    assert "optimizer.learning_rate = 0.5\n    Highest of the schedule. (number)" in text
+    assert "model.width = 32" in text
+    listed = _train("--list").output.splitlines()
+    assert [line.split()[0] for line in listed] == list(RECIPES)
+    assert all(len(line.split()) > 3 for line in listed)
+
+
+def test_a_setting_that_does_not_exist_or_is_not_allowed_ends_with_one_line() -> None:
+    for assignment, expected in {
+        "model.witdh=3": "Did you mean model.width?",
+        "model.width=wide": "model.width is 'wide'; allowed: whole number",
+        "optimizer.learning_rate=-1": "learning_rate is -1.0; allowed: above 0",
+    }.items():
+        result = _train("debug_cpu", "--no-watch", "--set", assignment)
+        assert result.exit_code == 2
+        assert expected in result.output
+
+
+def test_tensorboard_has_every_step(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ("--json", "--no-watch", "--steps", "3", "--tensorboard", str(tmp_path))
+    lines = [json.loads(line) for line in _train("debug_cpu", *options).output.splitlines()]
+    found = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/train")
+    assert [event.step for event in found] == [0, 1, 2]
+    assert [event.value for event in found] == pytest.approx([x["loss"] for x in lines[:3]])

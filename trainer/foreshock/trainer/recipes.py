@@ -21,6 +21,7 @@ from foreshock.trainer.config import (
     ScheduleConfig,
 )
 from foreshock.trainer.faults import BadBatch, Fault, LearningRateRamp, OutlierRamp, ScaleFault
+from foreshock.trainer.recipes_architectures import ARCHITECTURE_RECIPES
 
 __all__ = [
     "RECIPES",
@@ -124,6 +125,7 @@ RECIPES: Final[dict[str, Callable[[int], RunConfig]]] = {
     "fog_cpu": fog_cpu,
     "demo_failing": demo_failing,
     "demo_healthy": demo_healthy,
+    **ARCHITECTURE_RECIPES,
 }
 """What `foreshock train` knows by name; each takes a seed."""
 

@@ -5,14 +5,13 @@ The risk is read beside the training and never waited for; without a service the
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -21,6 +20,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from foreshock.api.cli import extras
+from foreshock.api.cli.train_config import field_lines, recipe_lines, run_config
 from foreshock.monitor.record import encode_number
 from foreshock.trainer.recipes import RECIPES
 
@@ -42,15 +42,31 @@ _HELP = f"""Train a small language model in emulated FP8 on this machine, watche
 
 Recipes: {", ".join(RECIPES)}.
 
+Any setting can be changed: --set optimizer.learning_rate=3e-3 --set model.width=128. --fields
+explains them all, --list the recipes; --from-config takes a JSON or TOML file of settings.
+
 Exit code 0 when the run finishes or is stopped (Ctrl-C, with a checkpoint if --checkpoints is
 given), 1 when its loss stays non-finite.
 """
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
+    recipe: Annotated[
+        str | None, typer.Argument(help=f"One of {', '.join(RECIPES)}.", show_default=False)
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting.")
+    ] = None,
+    from_config: Annotated[Path | None, typer.Option(help="JSON or TOML of settings.")] = None,
+    fields: Annotated[
+        bool, typer.Option("--fields", help="Explain every setting, with its value here.")
+    ] = False,
+    recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights and data order.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of weights and data order; default 0.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Run name; default: recipe and seed.")] = None,
     url: Annotated[
         str | None, typer.Option(envvar="FORESHOCK_URL", help="Service; none: spool only.")
@@ -63,28 +79,80 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line per step.")] = False,
 ) -> None:
     """Train one recipe; see `_HELP`."""
+    if recipes:
+        _print(recipe_lines())
+        return
+    try:
+        config = None
+        if recipe or from_config or not fields:
+            config = run_config(
+                recipe,
+                file=from_config,
+                assignments=assignments or (),
+                steps=steps,
+                seed=seed,
+                name=name,
+                data=data,
+            )
+    except ValueError as error:
+        _fail(str(error))
+    if fields or config is None:
+        _print(field_lines(config))
+        return
     extras.require("trainer")
-    config = _config(recipe, steps=steps, seed=seed, name=name, data=data)
+    if resume and checkpoints is None:
+        _fail("--resume needs --checkpoints FOLDER")
+    how = _How(
+        url=url,
+        spool=spool,
+        checkpoints=checkpoints,
+        resume=resume,
+        watched=watched,
+        as_json=as_json,
+        tensorboard=tensorboard,
+    )
+    result = _trained(config, how)
+    _summarise(result, as_json=as_json)
+    raise typer.Exit(1 if result.ended == "nonfinite" else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """What the options say of anything but the run itself."""
+
+    url: str | None
+    spool: Path | None
+    checkpoints: Path | None
+    resume: bool
+    watched: bool
+    as_json: bool
+    tensorboard: Path | None
+
+
+def _trained(config: RunConfig, how: _How) -> RunResult:
     from foreshock.trainer.data import corpus_of
     from foreshock.trainer.loop import CheckpointPolicy
     from foreshock.trainer.loop import train as train_run
     from foreshock.trainer.watched import watched as make_watch
 
-    if resume and checkpoints is None:
-        _fail("--resume needs --checkpoints FOLDER")
     try:
         corpus = corpus_of(config.data)
     except ValueError as error:
         _fail(str(error))
-    policy = CheckpointPolicy(folder=checkpoints, resume=resume) if checkpoints else None
-    factory = make_watch(config, url=url, spool=spool) if watched else None
-    poller = RiskPoller(url, config.name) if url and watched else None
+    folder, url = how.checkpoints, how.url
+    policy = CheckpointPolicy(folder=folder, resume=how.resume) if folder else None
+    factory = make_watch(config, url=url, spool=how.spool) if how.watched else None
+    poller = RiskPoller(url, config.name) if url and how.watched else None
     try:
-        with _reporter(config, poller, as_json=as_json) as report, _stop_on_interrupt() as stop:
-            result = train_run(
+        with (
+            _reporter(config, poller, as_json=how.as_json) as report,
+            _logged(how.tensorboard, report) as on_step,
+            _stop_on_interrupt() as stop,
+        ):
+            return train_run(
                 config,
                 watch=factory,
-                on_step=report,
+                on_step=on_step,
                 stop=stop.is_set,
                 checkpoints=policy,
                 corpus=corpus,
@@ -94,24 +162,33 @@ def train(
     finally:
         if poller:
             poller.close()
-    _summarise(result, as_json=as_json)
-    raise typer.Exit(1 if result.ended == "nonfinite" else 0)
 
 
-def _config(
-    recipe: str, *, steps: int | None, seed: int, name: str | None, data: Path | None
-) -> RunConfig:
-    known = {key.replace("_", "-"): make for key, make in RECIPES.items()}
-    key = recipe.replace("_", "-")
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0].replace('-', '_')}?" if near else ""
-        _fail(f"There is no recipe {recipe!r}.{hint} There are {', '.join(RECIPES)}.")
-    config = known[key](seed)
-    config = replace(config, name=name or f"{key}-{seed}", steps=steps or config.steps)
-    if data is not None:
-        config = replace(config, data=replace(config.data, folder=str(data)))
-    return config
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+@contextmanager
+def _logged(
+    folder: Path | None, report: Callable[[StepResult], None]
+) -> Iterator[Callable[[StepResult], None]]:
+    """What reports a step, and writes it for TensorBoard if there is a folder for that."""
+    if folder is None:
+        yield report
+        return
+    from foreshock.trainer.tensorboard import TensorboardLog
+
+    log = TensorboardLog(folder)
+
+    def both(step: StepResult) -> None:
+        report(step)
+        log(step)
+
+    try:
+        yield both
+    finally:
+        log.close()
 
 
 def _fail(message: str) -> NoReturn:

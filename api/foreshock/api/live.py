@@ -385,17 +385,14 @@ class LiveAnalysis:
 
     def _chunk(self, run: RunAnalysis) -> tuple[tuple[RunAnalysis, pa.Table] | None, bool]:
         """The next records of a run, and whether there may be more at once."""
-        if run.behind:
-            store = self._parts.store
-            table = store.next_records(*run.key, run.last_step, CHUNK)
-            run.behind = table.num_rows == CHUNK
-            more = run.behind
-        else:
-            ready = run.ready(time.monotonic(), CHUNK)
-            if ready is None:
-                return None, False
-            table, more = ready, run.pending > 0
-        return ((run, table) if table.num_rows else None), more
+        ready = None if run.behind else run.ready(time.monotonic(), CHUNK)
+        if ready is not None:
+            return (run, ready), run.pending > 0
+        if not run.behind:
+            return None, False
+        table = self._parts.store.next_records(*run.key, run.last_step, CHUNK)
+        run.behind = table.num_rows == CHUNK
+        return ((run, table) if table.num_rows else None), run.behind
 
     def _score(self, chosen: Sequence[tuple[RunAnalysis, pa.Table]]) -> None:
         """Have the records of many runs scored together."""

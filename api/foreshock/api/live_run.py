@@ -170,7 +170,9 @@ class RunAnalysis:
     def ready(self, now: float, most: int) -> pa.Table | None:
         """Records whose turn it is: sorted, at most `most`, up to the first missing step.
 
-        A gap wider than the run's usual distance of records is waited for, but not for ever.
+        A gap wider than the run's usual distance of records is waited for, but not for ever: then
+        the run falls behind, since what is missing may have come in at another replica and lie in
+        the store.
 
         Args:
             now: Monotonic seconds.
@@ -179,8 +181,9 @@ class RunAnalysis:
         if self._pending is None:
             return None
         table = _sorted_once(self._pending)
-        ready = self._count_ready(table["step"].to_numpy(), now)
-        count = min(ready, most)
+        count = min(self._count_ready(table["step"].to_numpy(), now), most)
+        if self.behind:
+            return None
         self._pending = table.slice(count) if count < table.num_rows else None
         return table.slice(0, count) if count else None
 
@@ -197,10 +200,9 @@ class RunAnalysis:
             return first
         if self._held_since is None:
             self._held_since = now
-        if now - self._held_since < HOLD_SECONDS:
-            return 0
-        self._held_since = None
-        return len(steps)
+        if now - self._held_since >= HOLD_SECONDS:
+            self.fall_behind()
+        return 0
 
     def begin(self, after: int) -> None:
         """Begin anew behind a step: what was answered already is scored again, in silence.

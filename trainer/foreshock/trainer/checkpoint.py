@@ -16,7 +16,16 @@ from torch import nn
 
 from foreshock.trainer.config import RunConfig
 
-__all__ = ["CheckpointError", "TrainingState", "latest", "load", "save"]
+__all__ = [
+    "CheckpointError",
+    "TrainingState",
+    "about",
+    "check",
+    "latest",
+    "load",
+    "read",
+    "save",
+]
 
 _FORMAT: Final = 1
 _KEPT: Final = 2
@@ -54,15 +63,9 @@ def save(folder: Path, config: RunConfig, state: TrainingState, next_step: int) 
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{next_step:08d}.pt"
-    content = {
-        "format": _FORMAT,
-        "fingerprint": config.fingerprint(),
-        "config": config.as_dict(),
-        "corpus_sha256": state.corpus_sha256,
-        "next_step": next_step,
+    content = about(config, state, next_step) | {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
-        "random": torch.get_rng_state(),
     }
     unfinished = path.with_suffix(f".{os.getpid()}.part")
     with unfinished.open("wb") as stream:
@@ -73,6 +76,18 @@ def save(folder: Path, config: RunConfig, state: TrainingState, next_step: int) 
     for old in sorted(folder.glob("step-*.pt"))[:-_KEPT]:
         old.unlink()
     return path
+
+
+def about(config: RunConfig, state: TrainingState, next_step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself: whose it is and where it goes on."""
+    return {
+        "format": _FORMAT,
+        "fingerprint": config.fingerprint(),
+        "config": config.as_dict(),
+        "corpus_sha256": state.corpus_sha256,
+        "next_step": next_step,
+        "random": torch.get_rng_state(),
+    }
 
 
 def latest(folder: Path) -> Path | None:
@@ -86,7 +101,20 @@ def load(path: Path, config: RunConfig, state: TrainingState) -> int:
     Raises:
         CheckpointError: The file is damaged, or of another run or another text.
     """
-    content = _read(path)
+    content = read(path)
+    check(path, content, config, state)
+    state.model.load_state_dict(content["model"])
+    state.optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["random"])
+    return int(content["next_step"])
+
+
+def check(path: Path, content: dict[str, Any], config: RunConfig, state: TrainingState) -> None:
+    """Refuse a checkpoint of another run or another text.
+
+    Raises:
+        CheckpointError: It is.
+    """
     if content["fingerprint"] != config.fingerprint():
         raise CheckpointError(f"{path} is of another run: {_difference(content, config)}")
     if content["corpus_sha256"] != state.corpus_sha256:
@@ -94,13 +122,14 @@ def load(path: Path, config: RunConfig, state: TrainingState) -> int:
             f"{path} was trained on another text (sha256 {content['corpus_sha256'][:12]}, here "
             f"{state.corpus_sha256[:12]}); resume with the same data.folder or Python version"
         )
-    state.model.load_state_dict(content["model"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["random"])
-    return int(content["next_step"])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's file, on the CPU.
+
+    Raises:
+        CheckpointError: It is damaged, or not one.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

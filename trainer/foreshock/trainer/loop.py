@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
-from foreshock.trainer import checkpoint
+from foreshock.trainer import checkpoint, distributed_checkpoint
 from foreshock.trainer.config import RunConfig
 from foreshock.trainer.data import Corpus, corpus_of
 from foreshock.trainer.evaluation import held_out_loss
@@ -152,7 +152,6 @@ def train(
         CheckpointError: The checkpoint to resume is not this run's, or damaged.
     """
     with joined(config.execution) as world, deterministic(config.execution.deterministic):
-        _check_checkpoints(checkpoints, world)
         run = _Run(config, corpus or corpus_of(config.data), world)
         first = run.resume(checkpoints) if checkpoints else 0
         watcher = watch(run.trainee.entry, run.trainee.optimizer, first) if watch else None
@@ -173,14 +172,6 @@ def train(
     return RunResult(
         config=config, steps=tuple(results), ended=ended, corpus_sha256=run.corpus.sha256
     )
-
-
-def _check_checkpoints(policy: CheckpointPolicy | None, world: World) -> None:
-    if policy is not None and not world.alone:
-        raise ValueError(
-            f"checkpoints are written by one process only, and there are {world.size}; "
-            "train without, or start one process"
-        )
 
 
 def _due(policy: CheckpointPolicy, next_step: int, ended: Ended | None) -> bool:
@@ -267,13 +258,24 @@ class _Run:
         return replace(result, eval_loss=loss)
 
     def resume(self, policy: CheckpointPolicy) -> int:
-        path = checkpoint.latest(policy.folder)
+        path = distributed_checkpoint.latest(policy.folder)
         if path is None or not policy.resume:
             return 0
-        return checkpoint.load(path, self.config, self._state())
+        if self.world.alone and path.is_file():
+            return checkpoint.load(path, self.config, self._state())
+        content = distributed_checkpoint.load(
+            path, self.config, self._state(), entry=self.trainee.entry, world=self.world
+        )
+        return int(content["next_step"])
 
     def save(self, policy: CheckpointPolicy, next_step: int, watcher: Watcher | None) -> None:
-        path = checkpoint.save(policy.folder, self.config, self._state(), next_step)
+        folder, state, config = policy.folder, self._state(), self.config
+        if self.world.alone:
+            path = checkpoint.save(folder, config, state, next_step)
+        else:
+            path = distributed_checkpoint.save(
+                folder, config, state, next_step, entry=self.trainee.entry, world=self.world
+            )
         if watcher:
             watcher.event("checkpoint", path.name)
 

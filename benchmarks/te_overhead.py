@@ -19,7 +19,9 @@ model that debug mode leaves alone:
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
+import random
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -202,6 +204,7 @@ def parts_left_out(width: int) -> list[Variant]:
         te_variant("the same without layers' hooks", width, ours(never, without=no_layers)),
         te_variant("every step", width, ours(1)),
         te_variant("the same without the worker", width, ours(1, without=no_worker)),
+        te_variant("bare, once more", width, nothing),
     ]
 
 
@@ -363,6 +366,8 @@ def variants(part: str, width: int, freq: int) -> list[Variant]:
     ]
     if width <= 1024:
         found.append(te_variant("torch.compile'd statistics every step", width, compiled))
+    # How far two that are the same are apart.
+    found.append(te_variant("bare, once more", width, nothing))
     return found
 
 
@@ -383,6 +388,43 @@ def profile(variant: Variant, steps: int = 3) -> None:
     busy = sum(event.self_device_time_total for event in events) / steps / 1e3
     print(f"\n{variant.name}: {busy:.3f} ms of kernels a step")
     print(events.table(sort_by="self_cuda_time_total", row_limit=15, max_name_column_width=60))
+
+
+def take_turns(found: list[Variant], rounds: int, steps: int) -> None:
+    """Time all variants in each round, in an order of its own."""
+    order = list(found)
+    random.seed(0)
+    # What Python's collector takes falls on whichever variant is running when it is due.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    for _ in range(rounds):
+        gc.collect()
+        random.shuffle(order)
+        for variant in order:
+            variant.times.append(variant.run(steps))
+    gc.enable()
+    gc.unfreeze()
+
+
+def print_table(found: list[Variant]) -> None:
+    """As Markdown; the first variant is the one that the others are divided by."""
+    bare = found[0].times
+    print(
+        "| variant | ms per step | its fastest round | ratio to bare | of the fastest rounds | "
+        "ratio by round, smallest and largest |"
+    )
+    print("|---|---|---|---|---|---|")
+    for variant in found:
+        ratios = [a / b for a, b in zip(variant.times, bare, strict=True)]
+        print(
+            f"| {variant.name} | {statistics.median(variant.times):.3f} | "
+            f"{min(variant.times):.3f} | "
+            f"{statistics.median(variant.times) / statistics.median(bare):.4f} | "
+            f"{min(variant.times) / min(bare):.4f} | "
+            f"{min(ratios):.4f} to {max(ratios):.4f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -409,26 +451,14 @@ def main() -> None:
         for variant in found:
             profile(variant)
         return
-    for _ in range(options.rounds):
-        for variant in found:
-            variant.times.append(variant.run(options.steps))
+    take_turns(found, options.rounds, options.steps)
     for variant in found:
         variant.close()
-    bare = found[0].times
     print(
         f"\n{device_name(options.device)}, width {options.width}, {BATCH * options.tokens} tokens, "
         f"{options.rounds} rounds of {options.steps} steps\n"
     )
-    print("| variant | ms per step | ratio to bare | ratio by round, smallest and largest |")
-    print("|---|---|---|---|")
-    for variant in found:
-        ratios = [a / b for a, b in zip(variant.times, bare, strict=True)]
-        print(
-            f"| {variant.name} | {statistics.median(variant.times):.3f} | "
-            f"{statistics.median(variant.times) / statistics.median(bare):.4f} | "
-            f"{min(ratios):.4f} to {max(ratios):.4f} |",
-            flush=True,
-        )
+    print_table(found)
 
 
 if __name__ == "__main__":

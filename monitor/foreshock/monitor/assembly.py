@@ -21,7 +21,7 @@ from foreshock.monitor.record import (
     FIELD_REDUCTIONS,
     Event,
     IdentityColumns,
-    StatisticColumns,
+    PlainColumns,
     TensorIdentity,
     record_batch,
 )
@@ -195,7 +195,7 @@ class Assembler:
         return self._columns[1]
 
 
-def _statistics(table: SumTable) -> StatisticColumns:
+def _statistics(table: SumTable) -> PlainColumns:
     count = len(table.entries)
     columns: dict[str, tuple[HostArray, Any]] = {}
     what_if = np.array([entry.identity.what_if for entry in table.entries], dtype=bool)
@@ -214,9 +214,7 @@ def _statistics(table: SumTable) -> StatisticColumns:
     codes = [row for row, entry in enumerate(table.entries) if entry.source == "codes"]
     for name in ("underflow_ratio", "sqnr_db"):
         columns[name][1][codes] = False
-    return {
-        name: np.ma.MaskedArray(values, mask=~valid) for name, (values, valid) in columns.items()
-    }
+    return columns
 
 
 def _exponents(table: SumTable) -> list[list[int] | None] | None:

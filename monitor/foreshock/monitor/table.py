@@ -87,9 +87,14 @@ class SumTable:
         firsts = np.full(len(kept), np.inf)
         seen = rows >= 0
         target, source = rows[seen], values[seen]
+        # Mostly each tensor has been seen once, and then its row is the next one.
+        once = len(target) == len(kept)
         for how, combine in (("sum", np.add), ("max", np.fmax), ("min", np.fmin)):
             at = _COLUMNS[how]
-            combine.at(merged, (target[:, None], at[None, :]), source[:, at])
+            if once:
+                merged[:, at] = combine(merged[:, at], source[:, at])
+            else:
+                combine.at(merged, (target[:, None], at[None, :]), source[:, at])
         np.fmin.at(firsts, target, first[seen])
         return cls(
             tuple(kept),

@@ -6,6 +6,7 @@ measured. Knows no torch, no HTTP and no other part of foreshock but the table o
 
 from foreshock.monitor.record.convert import (
     IdentityColumns,
+    PlainColumns,
     StatisticColumns,
     flatten_tensors,
     read_stream,
@@ -65,6 +66,7 @@ __all__ = [
     "Held",
     "IdentityColumns",
     "Place",
+    "PlainColumns",
     "RecordError",
     "ReportError",
     "Risk",

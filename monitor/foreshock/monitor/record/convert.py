@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,7 @@ from foreshock.monitor.record.schema import (
 
 __all__ = [
     "IdentityColumns",
+    "PlainColumns",
     "StatisticColumns",
     "flatten_tensors",
     "read_stream",
@@ -48,7 +49,24 @@ __all__ = [
 StatisticColumns = Mapping[str, "np.ma.MaskedArray[Any, Any]"]
 """Statistic name to one value per tensor on the last axis; masked = not measured."""
 
+_Pair = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]
+PlainColumns = Mapping[str, _Pair]
+"""Statistic name to its values and where they are measured, each of shape (tensors,).
+
+Masked arrays say the same, and cost more to make than a record may.
+"""
+
 _IDENTITY_NAMES = tuple(f.name for f in IDENTITY_FIELDS)
+
+
+_TYPES: Final = {"numel": pa.int64(), "observations": pa.int32()} | {
+    name: statistic_type(name) for name in STATISTICS
+}
+_BY_TYPE: Final = {
+    kind: [name for name, to in _TYPES.items() if to == kind]
+    for kind in dict.fromkeys(_TYPES.values())
+}
+_NO_TENSORS: Final = pa.array([[]], pa.list_(TENSOR_TYPE))
 
 
 def records_to_table(records: Iterable[StepRecord]) -> pa.Table:
@@ -141,7 +159,7 @@ def record_batch(
     scalars: Mapping[str, float],
     events: Sequence[Event] = (),
     identities: IdentityColumns | None = None,
-    statistics: StatisticColumns | None = None,
+    statistics: StatisticColumns | PlainColumns | None = None,
     sources: Sequence[str | None] | None = None,
     exponents: Sequence[Sequence[int] | None] | None = None,
 ) -> pa.RecordBatch:
@@ -158,7 +176,7 @@ def record_batch(
         exponents: 256 counts or None per tensor; None where nobody asked for them.
     """
     if identities is None or statistics is None:
-        tensors = pa.array([[]], pa.list_(TENSOR_TYPE))
+        tensors = _NO_TENSORS
     else:
         tensors = _tensor_list(identities, statistics, sources, exponents)
     return pa.record_batch(
@@ -175,17 +193,18 @@ def record_batch(
 
 def _tensor_list(
     identities: IdentityColumns,
-    statistics: StatisticColumns,
+    statistics: StatisticColumns | PlainColumns,
     sources: Sequence[str | None] | None,
     exponents: Sequence[Sequence[int] | None] | None,
 ) -> pa.Array:
     count = len(identities.identities)
+    made: dict[str, pa.Array] = {}
+    for to, names in _BY_TYPE.items():
+        there = [name for name in names if name in statistics]
+        made |= zip(there, _arrays([_pair(statistics[name]) for name in there], to), strict=True)
     columns: list[pa.Array] = list(identities.arrays)
-    types = {"numel": pa.int64(), "observations": pa.int32()}
-    types |= {name: statistic_type(name) for name in STATISTICS}
-    for name, to in types.items():
-        values = statistics.get(name)
-        columns.append(pa.nulls(count, to) if values is None else _masked_array(values, to))
+    for name, to in _TYPES.items():
+        columns.append(made[name] if name in made else pa.nulls(count, to))
     for optional, kind in ((sources, pa.string()), (exponents, pa.list_(pa.int64()))):
         columns.append(pa.nulls(count, kind) if optional is None else pa.array(optional, kind))
     struct = pa.StructArray.from_arrays(columns, fields=list(TENSOR_TYPE))
@@ -193,11 +212,25 @@ def _tensor_list(
     return pa.ListArray.from_arrays(offsets, struct, type=pa.list_(TENSOR_TYPE))
 
 
-def _masked_array(values: np.ma.MaskedArray[Any, Any], to: pa.DataType) -> pa.Array:
-    mask = np.ma.getmaskarray(values)
-    data = np.where(mask, 0, values.data)
+def _pair(column: np.ma.MaskedArray[Any, Any] | _Pair) -> _Pair:
+    if isinstance(column, tuple):
+        return column
+    return np.asarray(column.data), ~np.ma.getmaskarray(column)
+
+
+def _arrays(columns: Sequence[_Pair], to: pa.DataType) -> list[pa.Array]:
+    """Columns of one type; all of them at once, since each step of it costs the same for one."""
+    if not columns:
+        return []
+    valid = np.stack([valid for _, valid in columns])
+    values = np.where(valid, np.stack([values for values, _ in columns]), 0)
     with np.errstate(over="ignore"):
-        return pa.array(data.astype(to.to_pandas_dtype()), to, mask=mask)
+        data = values.astype(to.to_pandas_dtype())
+    bits = np.packbits(valid, axis=1, bitorder="little")
+    return [
+        pa.Array.from_buffers(to, len(row), [pa.py_buffer(there), pa.py_buffer(row)])
+        for row, there in zip(data, bits, strict=True)
+    ]
 
 
 def flatten_tensors(table: pa.Table) -> pa.Table:

@@ -48,7 +48,10 @@ def xielu(x: Tensor, a_p: Tensor, a_n: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or x.dtype == torch.bfloat16:
         wide = x.float()
         above = a_p * wide.square()
-        below = a_n * (torch.expm1(wide.clamp(max=0.0)) - wide)
+        # exp - 1 is off by 6e-8, far below bfloat16, and several times faster than expm1.
+        negative = wide.clamp(max=0.0)
+        grown = torch.exp(negative) - 1.0 if x.dtype == torch.bfloat16 else torch.expm1(negative)
+        below = a_n * (grown - wide)
         return (torch.where(wide > 0, above, below) + XIELU_BETA * wide).to(x.dtype)
     y: Tensor = _Xielu.apply(x, a_p, a_n)  # type: ignore[no-untyped-call]
     return y

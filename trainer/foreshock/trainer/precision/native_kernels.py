@@ -57,10 +57,12 @@ def _cast_kernel(
     # Comparisons with NaN are false, so that NaN stays.
     scaled = tl.where(scaled > largest, largest, scaled)
     scaled = tl.where(scaled < -largest, -largest, scaled)
-    codes = scaled.to(rows_ptr.dtype.element_ty)
-    tl.store(rows_ptr + at, codes, inside)
+    tl.store(rows_ptr + at, scaled.to(rows_ptr.dtype.element_ty), inside)
     turned = column[:, None] * height + row[None, :]
-    tl.store(columns_ptr + turned, tl.trans(codes), tl.trans(inside))
+    within = (column[:, None] < width) & (row[None, :] < height)
+    # Turned before the cast, and the mask made anew: turning tensors of 8 bits or 1 bit went wrong
+    # in Triton 3.6 for float32 inputs (tests/gpu/test_precision.py has the case).
+    tl.store(columns_ptr + turned, tl.trans(scaled).to(columns_ptr.dtype.element_ty), within)
 
 
 def advance_on_device(

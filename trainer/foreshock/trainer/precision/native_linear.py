@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.precision.block_cast import BlockTensor
@@ -21,6 +22,7 @@ from foreshock.trainer.precision.cast import GEMM_DTYPE
 from foreshock.trainer.precision.linear import Fp8Linear, bf16_product
 from foreshock.trainer.precision.native_cast import Codes, cast_both, scaled_product
 from foreshock.trainer.precision.scaling import tensor_amax
+from foreshock.trainer.precision.support import require_block_products
 
 __all__ = ["NativeBlockLinear", "NativeLinear", "native_block_product"]
 
@@ -91,16 +93,18 @@ class NativeLinear(Fp8Linear):
 
 
 class _NativeMatmul(torch.autograd.Function):
-    """x (N, in), weight (out, in) -> bfloat16 (N, out)."""
+    """x (N, in), weight (out, in) -> (N, out), rounded to bfloat16, in x's type."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: NativeLinear) -> Tensor:
         inputs, weights = layer.codes("input", x), layer.weight_codes(weight)
         ctx.save_for_backward(inputs.columns, weights.columns, inputs.inverse, weights.inverse)
         ctx.layer, ctx.dtype = layer, x.dtype
-        return scaled_product(
+        y = scaled_product(
             inputs.rows, weights.rows, inputs.inverse, weights.inverse, out=GEMM_DTYPE, fast=True
         )
+        # In here, so that the gradient comes back in the type of x.
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -127,23 +131,47 @@ def native_block_product(a: BlockTensor, b: BlockTensor) -> Tensor:
             out=GEMM_DTYPE,
             fast=True,
         ).float()
-    y = torch._scaled_mm(
-        a.codes.contiguous(),
-        b.codes.contiguous().t(),
-        scale_a=_laid_out(a),
-        scale_b=_laid_out(b).t(),
-        out_dtype=GEMM_DTYPE,
+    return _block_product(a, b).float()
+
+
+def _block_product(a: BlockTensor, b: BlockTensor) -> Tensor:
+    rows, columns = len(a.codes), len(b.codes)
+    left, right = _whole_blocks(a), _whole_blocks(b)
+    y = functional.scaled_mm(
+        left,
+        right.t(),
+        scale_a=_laid_out(a, left),
+        scale_recipe_a=_recipe(a),
+        scale_b=_laid_out(b, right),
+        scale_recipe_b=_recipe(b),
+        output_dtype=GEMM_DTYPE,
     )
-    return y.float()
+    return y[:rows, :columns]
 
 
-def _laid_out(x: BlockTensor) -> Tensor:
-    """Scales as cuBLAS reads them: rows next to each other, of 128 x 128 columns, 4 at a time."""
-    scales = x.inverse
+def _recipe(x: BlockTensor) -> functional.ScalingType:
+    kinds = functional.ScalingType
+    return kinds.BlockWise1x128 if x.format.rows == 1 else kinds.BlockWise128x128
+
+
+def _whole_blocks(x: BlockTensor) -> Tensor:
+    """Codes with zeros to the end of the last block, and to a multiple of 16 rows."""
+    rows, columns = x.codes.shape
+    short = -columns % 128, -rows % (16 if x.format.rows == 1 else 128)
+    bits = functional.pad(x.codes.contiguous().view(torch.uint8), (0, short[0], 0, short[1]))
+    return bits.view(x.codes.dtype)
+
+
+def _laid_out(x: BlockTensor, codes: Tensor) -> Tensor:
+    """Scales as cuBLAS reads them (torch's checks name the layout; tests/gpu pins it).
+
+    A scale per row and block: (R, blocks), rows next to each other. A scale per 128 x 128: (blocks,
+    row blocks), the blocks of a row next to each other, with space for a multiple of 4.
+    """
     if x.format.rows == 1:
-        return scales.t().contiguous().t()
-    blocks = scales.shape[1]
-    return torch.nn.functional.pad(scales, (0, -blocks % 4))[:, :blocks]
+        padded = functional.pad(x.inverse, (0, 0, 0, len(codes) - len(x.inverse)), value=1.0)
+        return padded.t().contiguous().t()
+    return functional.pad(x.inverse, (0, -x.inverse.shape[1] % 4)).t()
 
 
 class NativeBlockLinear(BlockLinear):
@@ -154,6 +182,8 @@ class NativeBlockLinear(BlockLinear):
     def __init__(
         self, in_features: int, out_features: int, *, precision: Sequence[PrecisionConfig]
     ) -> None:
+        if precision[0].scaling == "block128":
+            require_block_products(in_features, out_features)
         super().__init__(
             in_features, out_features, precision=precision, product=native_block_product
         )

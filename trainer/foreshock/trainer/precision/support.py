@@ -9,7 +9,7 @@ import torch
 
 from foreshock.trainer.config import PrecisionConfig
 
-__all__ = ["check_alone", "require_transformer_engine"]
+__all__ = ["check_alone", "require_block_products", "require_transformer_engine"]
 
 
 def check_alone(precision: Sequence[PrecisionConfig]) -> None:
@@ -19,6 +19,27 @@ def check_alone(precision: Sequence[PrecisionConfig]) -> None:
         raise ValueError(
             f"a stack trains with backend bf16 or emulated, not {', '.join(names)}: train such "
             "runs alone"
+        )
+
+
+def require_block_products(*sizes: int) -> None:
+    """Raise a ValueError unless a device of this process multiplies blocks of 128.
+
+    Args:
+        sizes: Of the layer: blocks must fill them.
+    """
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
+    if not able or cuda < (12, 9):
+        raise ValueError(
+            "scaling block128 on the native backend needs a device of compute capability 9.0 "
+            "(Hopper) and a torch for CUDA 12.9 or newer; allowed here: delayed, current, rowwise, "
+            "or the emulated backend"
+        )
+    if any(size % 128 for size in sizes):
+        raise ValueError(
+            f"scaling block128 on the native backend needs sizes that are multiples of 128, not "
+            f"{' x '.join(map(str, sizes))}; take rowwise, or the emulated backend"
         )
 
 

@@ -64,8 +64,6 @@ class TeLinear(te.Linear):  # type: ignore[misc]
         self.in_bf16 = False
         # On the CPU first: a seed then means the same initial weights on every backend.
         self.weight = nn.Parameter(torch.zeros(out_features, in_features))
-        # float32 weights beside bfloat16 activations, without torch.autocast.
-        self.allow_different_data_and_param_types = True
         self._first: bool | None = None
 
     def begin_step(self) -> None:
@@ -87,7 +85,8 @@ class TeLinear(te.Linear):  # type: ignore[misc]
         if self._first is not None and self.training:
             self._first = False
         outside = te.autocast(enabled=False) if self.in_bf16 else nullcontext()
-        with outside:
+        # float32 weights beside bfloat16 activations is what it knows as autocast.
+        with outside, torch.autocast("cuda", torch.bfloat16):
             y: Tensor = super().forward(x.to(torch.bfloat16), is_first_microbatch=first)
         return y.to(x.dtype)
 

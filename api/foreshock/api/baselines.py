@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from foreshock.api.signals import SIGNALS
 
-__all__ = ["BASELINES", "TimeOnlyHazard"]
+__all__ = ["BASELINES", "SHIPPED_RULES", "TimeOnlyHazard"]
 
 FloatArray = npt.NDArray[np.float64]
 Baseline = Callable[[FloatArray], FloatArray]
@@ -151,6 +151,67 @@ def overflow_rule(signals: FloatArray) -> FloatArray:
     return np.asarray(np.exp2(np.fmax(np.fmax(columns[0], columns[1]), columns[2])))
 
 
+def above_best(signals: FloatArray) -> FloatArray:
+    """Loss over its running minimum (means of 16), as a share of the progress made."""
+    loss = _signal(signals, "loss")
+    windows = np.nan_to_num(_trailing(loss, 16), nan=np.inf)
+    mean = np.where(np.isfinite(windows).all(axis=1), windows.mean(axis=1), np.nan)
+    best = np.fmin.accumulate(mean)
+    progress = np.fmax.accumulate(mean) - best
+    return np.asarray((mean - best) / np.maximum(progress, 1e-3))
+
+
+def trainscope_cusum(signals: FloatArray) -> FloatArray:
+    """Trainscope's CUSUM on the loss, two-sided, so that an improving loss fires too.
+
+    Allowance half a sigma and threshold 5 sigma (Page 1954) against the 128 records before; a score
+    of 1 is the threshold.
+    """
+    z = np.nan_to_num(_plain_z(_signal(signals, "loss")))
+    up = down = 0.0
+    scores = np.zeros(len(z))
+    for index, value in enumerate(z.tolist()):
+        up = max(up + value - 0.5, 0.0)
+        down = max(down - value - 0.5, 0.0)
+        scores[index] = max(up, down) / 5.0
+        if scores[index] >= 1:
+            up = down = 0.0
+    return scores
+
+
+def losslint_rules(signals: FloatArray) -> FloatArray:
+    """Losslint's spike (10x the median of 25) and divergence (last over first tenth, 1.25x).
+
+    Its checks look at the whole history at each poll; here a poll is every 10 records.
+    """
+    loss = _signal(signals, "loss")
+    spike = loss / (10.0 * np.abs(_quantile(_trailing(loss, 25), needed=12)))
+    ends = np.full(len(loss), np.nan)
+    for count in range(50, len(loss), 10):
+        tenth = count // 10
+        first, last = np.nanmedian(loss[:tenth]), np.nanmedian(loss[count - tenth : count])
+        ends[count : count + 10] = last / (1.25 * first) if first > 0 else np.nan
+    return np.asarray(np.fmax(spike, ends))
+
+
+def any_overflow(signals: FloatArray) -> FloatArray:
+    """1 where any element overflows (the signal's floor is a millionth)."""
+    return np.asarray((overflow_rule(signals) > 1.5e-6).astype(np.float64))
+
+
+def negative_headroom(signals: FloatArray) -> FloatArray:
+    """1 where the worst tensor's amax lies above what its scale can hold."""
+    return np.asarray((headroom_rule(signals) > 1.0).astype(np.float64))
+
+
+SHIPPED_RULES: Final[Mapping[str, Baseline]] = {
+    "trainscope CUSUM, as shipped": trainscope_cusum,
+    "losslint, as shipped": losslint_rules,
+    "overflow > 0": any_overflow,
+    "headroom < 0": negative_headroom,
+}
+"""As `BASELINES`, but with a threshold of their own, 1: no budget tunes them."""
+
 BASELINES: Final[Mapping[str, Baseline]] = {
     "robust z, loss": loss_z,
     "robust z, gradient norm": gradient_z,
@@ -161,6 +222,7 @@ BASELINES: Final[Mapping[str, Baseline]] = {
     "update ratio growth": update_growth,
     "headroom": headroom_rule,
     "overflow": overflow_rule,
+    "loss above its best": above_best,
 }
 """Signals (T, len(SIGNALS)) to scores (T,), NaN = cannot say."""
 

@@ -10,7 +10,7 @@ import json
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from foreshock.api.alerts import PLANNED_EVENTS
 from foreshock.api.detection import LossDetector
 from foreshock.api.features import FeatureSettings, extract_run
-from foreshock.api.labels import RunLabel, label_run
+from foreshock.api.labels import RunLabel, label_drift, label_run
 from foreshock.api.signals import SIGNALS
 
 __all__ = ["CorpusError", "CorpusRun", "TrainingRows", "load_corpus", "training_rows"]
@@ -53,7 +54,11 @@ class CorpusRun:
         loss: (T,) as logged, non-finite values included.
         features: (T, len(FEATURES)).
         detected: (T,) whether the loss detector is active.
-        label: From the loss alone.
+        label: From the loss alone, or against its twin.
+        recipe: Of the precision.
+        kind: What the plan meant the run to be; empty where it says nothing.
+        twin: The run that differs in the fault or recipe only.
+        split: `fit`, or what the run is held back for.
     """
 
     name: str
@@ -68,6 +73,19 @@ class CorpusRun:
     features: npt.NDArray[np.float32]
     detected: BoolArray
     label: RunLabel
+    recipe: str = "unknown"
+    kind: str = ""
+    twin: str | None = None
+    split: str = "fit"
+
+    @property
+    def event_class(self) -> str:
+        """Explosion, spike (malignant) or drift; empty without an event."""
+        if not self.label.diverges:
+            return ""
+        if self.label.kind == "spike":
+            return "spike"
+        return "drift" if self.label.kind == "drift" or self.label.note == "drift" else "explosion"
 
     @property
     def judged(self) -> BoolArray:
@@ -130,7 +148,22 @@ def load_corpus(
     runs = [run for part in parts for run in part]
     if not runs:
         raise CorpusError(f"no run of {folder / 'runs.jsonl'} stands in the shards")
-    return runs
+    by_name = {run.name: run for run in runs}
+    return [_against_twin(run, by_name) for run in runs]
+
+
+def _against_twin(run: CorpusRun, by_name: Mapping[str, CorpusRun]) -> CorpusRun:
+    """The run with a label of drift where only its twin shows one."""
+    twin = by_name.get(run.twin or "")
+    if twin is None or run.label.kind != "healthy" or twin.label.kind != "healthy":
+        return run
+    steps, own, other = np.intersect1d(run.steps, twin.steps, return_indices=True)
+    loss, reference = run.loss[own], twin.loss[other]
+    finite = np.isfinite(loss) & np.isfinite(reference)
+    label = label_drift(steps[finite], loss[finite], reference[finite])
+    if label is None:
+        return run
+    return replace(run, label=label, family=run.family if run.family != "healthy" else "natural")
 
 
 def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
@@ -174,6 +207,11 @@ def _make_run(
 ) -> CorpusRun:
     steps = table["step"].to_numpy().astype(np.int64)
     signals = np.stack([table[name].to_numpy().astype(np.float64) for name in SIGNALS], axis=1)
+    planned = [
+        int(event["step"])
+        for event in entry.get("planned_events") or ()
+        if event["kind"] in PLANNED_EVENTS
+    ]
     column = "raw_loss" if "raw_loss" in table.column_names else "loss"
     loss = table[column].to_numpy().astype(np.float64)
     label = label_run(steps, loss)
@@ -188,9 +226,13 @@ def _make_run(
         signals=signals,
         loss=loss,
         # Halves the memory of a thousand runs; the features mean nothing beyond three digits.
-        features=extract_run(steps, signals, settings).astype(np.float32),
-        detected=_detected(steps, loss),
+        features=extract_run(steps, signals, settings, planned).astype(np.float32),
+        detected=_detected(steps, loss, planned),
         label=label,
+        recipe=str(entry.get("recipe") or "unknown"),
+        kind=str(entry.get("kind") or ""),
+        twin=entry.get("twin"),
+        split=str(entry.get("split") or "fit"),
     )
 
 
@@ -212,9 +254,15 @@ def _fault_start(entry: Mapping[str, Any]) -> int | None:
     return None if start is None else int(start)
 
 
-def _detected(steps: npt.NDArray[np.int64], loss: FloatArray) -> BoolArray:
+def _detected(steps: npt.NDArray[np.int64], loss: FloatArray, planned: Sequence[int]) -> BoolArray:
     detector = LossDetector()
-    flags = [detector.update(int(s), float(v)).detected for s, v in zip(steps, loss, strict=True)]
+    ahead = sorted(planned, reverse=True)
+    flags = []
+    for step, value in zip(steps.tolist(), loss.tolist(), strict=True):
+        while ahead and ahead[-1] <= step:
+            ahead.pop()
+            detector.rebaseline()
+        flags.append(detector.update(step, value).detected)
     return np.array(flags, dtype=np.bool_)
 
 

@@ -24,11 +24,13 @@ from foreshock.api.forecaster import DivergenceForecaster
 __all__ = [
     "BUDGETS",
     "Series",
+    "artifact_of",
     "columns_of",
     "fit_artifact",
     "fit_forecaster",
     "fit_head",
     "held_out_series",
+    "risks_of",
     "threshold_for",
     "version_of",
 ]
@@ -38,6 +40,8 @@ FloatArray = npt.NDArray[np.float64]
 BUDGETS: Final = ("0.1", "1")
 """False alarms per 10,000 healthy steps."""
 _GRID: Final = 60
+_BATCH: Final = 128
+"""Runs that are scored at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,10 @@ def threshold_for(
 
 
 def fit_head(
-    name: str, runs: Sequence[CorpusRun], prototype: DivergenceForecaster | None = None
+    name: str,
+    runs: Sequence[CorpusRun],
+    prototype: DivergenceForecaster | None = None,
+    most: int = 20_000,
 ) -> Head:
     """Fit one head and its thresholds.
 
@@ -110,8 +117,9 @@ def fit_head(
         name: In `HEADS`.
         runs: Training runs; thresholds come from their held-out scores.
         prototype: Parameters to fit with; it is cloned.
+        most: About so many rows are fitted on.
     """
-    forecaster = fit_forecaster(name, runs, prototype or DivergenceForecaster())
+    forecaster = fit_forecaster(name, runs, prototype or DivergenceForecaster(), most)
     supported = [
         int(h) for h, ok in zip(forecaster.horizons, forecaster.supported_, strict=True) if ok
     ]
@@ -131,10 +139,13 @@ def fit_head(
 
 
 def fit_forecaster(
-    name: str | Sequence[str], runs: Sequence[CorpusRun], prototype: DivergenceForecaster
+    name: str | Sequence[str],
+    runs: Sequence[CorpusRun],
+    prototype: DivergenceForecaster,
+    most: int = 20_000,
 ) -> DivergenceForecaster:
-    """Fit a clone of `prototype` on a head's features of thinned rows."""
-    rows = training_rows(runs)
+    """Fit a clone of `prototype` on a head's features of about so many thinned rows."""
+    rows = training_rows(runs, most=most)
     columns = columns_of(name)
     forecaster: DivergenceForecaster = clone(prototype)
     return forecaster.fit(
@@ -155,14 +166,35 @@ def held_out_series(
     """Scores of the training runs by the model that has not seen their group."""
     columns = columns_of(name)
     position = [int(h) for h in forecaster.horizons].index(horizon)
-    series = []
+    parts: dict[int, list[CorpusRun]] = {}
     for run in runs:
-        judged = run.judged
-        if not judged.any() or run.group not in forecaster.fold_of_group_:
-            continue
-        risk = forecaster.held_out_cumulative(run.features[judged][:, columns], run.group)
-        series.append(Series(risk[:, position], run.healthy[judged]))
+        if run.group in forecaster.fold_of_group_ and run.judged.any():
+            parts.setdefault(forecaster.fold_of_group_[run.group], []).append(run)
+    series = []
+    for some in parts.values():
+        # Many runs at once: an ensemble costs more per call than per row.
+        for first in range(0, len(some), _BATCH):
+            batch = some[first : first + _BATCH]
+            rows = np.concatenate([run.features[run.judged][:, columns] for run in batch])
+            risk = forecaster.held_out_cumulative(rows, batch[0].group)[:, position]
+            ends = np.cumsum([np.count_nonzero(run.judged) for run in batch])[:-1]
+            for run, score in zip(batch, np.split(risk, ends), strict=True):
+                series.append(Series(score, run.healthy[run.judged]))
     return series
+
+
+def risks_of(
+    name: str | Sequence[str], forecaster: DivergenceForecaster, runs: Sequence[CorpusRun]
+) -> list[FloatArray]:
+    """Cumulative probabilities (T, horizons) of each run."""
+    columns = columns_of(name)
+    risks: list[FloatArray] = []
+    for first in range(0, len(runs), _BATCH):
+        batch = runs[first : first + _BATCH]
+        rows = np.concatenate([run.features[:, columns] for run in batch])
+        ends = np.cumsum([len(run.steps) for run in batch])[:-1]
+        risks += np.split(forecaster.predict_cumulative(rows), ends)
+    return risks
 
 
 def fit_artifact(
@@ -177,7 +209,13 @@ def fit_artifact(
         card: Goes into the model card, beside what is known here.
         prototype: Parameters to fit with; it is cloned.
     """
-    heads = {name: fit_head(name, runs, prototype) for name in HEADS}
+    return artifact_of({name: fit_head(name, runs, prototype) for name in HEADS}, runs, card)
+
+
+def artifact_of(
+    heads: Mapping[str, Head], runs: Sequence[CorpusRun], card: dict[str, Any]
+) -> Artifact:
+    """The artifact of heads that were fitted on these runs."""
     prints = sorted(run.fingerprint for run in runs)
     supported = [b for b in reversed(BUDGETS) if heads["full"].thresholds.get(b) is not None]
     return Artifact(
@@ -195,7 +233,7 @@ def version_of(fingerprints: Sequence[str], heads: Mapping[str, Sequence[str]] =
     return f"first-light-{hashlib.sha256(' '.join(seen).encode()).hexdigest()[:12]}"
 
 
-def describe(runs: Sequence[CorpusRun], heads: dict[str, Head]) -> dict[str, Any]:
+def describe(runs: Sequence[CorpusRun], heads: Mapping[str, Head]) -> dict[str, Any]:
     """The facts of a fit that a reader of the model card needs."""
     families: dict[str, dict[str, int]] = {}
     for run in runs:
@@ -208,6 +246,7 @@ def describe(runs: Sequence[CorpusRun], heads: dict[str, Head]) -> dict[str, Any
         "healthy_rows": int(sum(run.healthy.sum() for run in runs)),
         "events": sum(run.label.diverges for run in runs),
         "families": families,
+        "models": {name: repr(head.forecaster) for name, head in heads.items()},
         "base_rate_per_step": {n: h.forecaster.base_rate_ for n, h in heads.items()},
         "unsupported_horizons": {
             name: {str(k): v for k, v in head.forecaster.reasons_.items()}

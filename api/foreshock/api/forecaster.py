@@ -226,11 +226,15 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         )
         return self._scores(data)
 
-    def _scores(self, data: FloatArray) -> FloatArray:
+    def _scores(self, data: FloatArray, part: int | None = None) -> FloatArray:
+        """(rows, supported intervals, folds), or of one fold only."""
+        chosen = slice(None) if part is None else slice(part, part + 1)
         if not self._models:
-            return np.empty((len(data), 0, self.folds))
+            return np.empty((len(data), 0, self.folds if part is None else 1))
         basis = _basis(data) / self._scale
-        parts = [basis @ m["coefficients"].T + m["intercepts"] for m in self._models]
+        parts = [
+            basis @ m["coefficients"][chosen].T + m["intercepts"][chosen] for m in self._models
+        ]
         return np.stack(parts, axis=1) + self._prior_shift()
 
     def _prior_shift(self, prior: float | None = None) -> float:
@@ -246,10 +250,10 @@ class DivergenceForecaster(BaseEstimator):  # type: ignore[misc]
         Raises:
             KeyError: The group was not among the training groups.
         """
-        scores = self.decision_function(X)
-        part = self.fold_of_group_[group]
+        check_is_fitted(self, "supported_")
+        scores = self._scores(np.asarray(X, dtype=np.float64), self.fold_of_group_[group])
         result = np.full((len(scores), len(self.horizons)), np.nan)
-        hazard = _sigmoid(scores[:, :, part])
+        hazard = _sigmoid(scores[:, :, 0])
         result[:, : hazard.shape[1]] = 1.0 - np.cumprod(1.0 - hazard, axis=-1)
         return result
 

@@ -1,5 +1,7 @@
 """What happened to a run, from its loss alone: healthy, spike, stalled, diverged or nan, and when.
 
+A slow drift is seen against another run's loss only: that of a twin.
+
 The one implementation of labels and onsets. Looks at the whole run, so it never feeds a forecast:
 features, alarms and detection are deliberately elsewhere.
 """
@@ -12,11 +14,20 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["HISTORY", "WINDOW", "Kind", "LossEvent", "RunLabel", "band_of", "label_run"]
+__all__ = [
+    "HISTORY",
+    "WINDOW",
+    "Kind",
+    "LossEvent",
+    "RunLabel",
+    "band_of",
+    "label_drift",
+    "label_run",
+]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
-Kind = Literal["healthy", "spike", "stalled", "diverged", "nan"]
+Kind = Literal["healthy", "spike", "stalled", "diverged", "nan", "drift"]
 
 WINDOW: Final = 64
 """Trailing logged points that a point is compared with."""
@@ -29,6 +40,9 @@ GAP: Final = 16
 """Excursions at most so many points apart are one event."""
 MALIGNANT_STEPS: Final = 1000
 """A spike that is not back after so many steps is malignant."""
+
+_DRIFT_POINTS: Final = 50
+"""Points for which a run must have left its twin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +69,8 @@ class RunLabel:
     """What happened to a run.
 
     Attributes:
-        kind: nan and diverged are final; spike means at least one event, however it ended.
+        kind: nan and diverged are final; spike means at least one event, however it ended; drift:
+            left its twin for good without any of these.
         onset: t_rise of the run's divergence (nan, diverged or malignant spike); None without one.
         crossing: Where that divergence crosses its threshold, or becomes non-finite.
         events: Every excursion, in order.
@@ -109,6 +124,43 @@ def label_run(steps: npt.ArrayLike, loss: npt.ArrayLike) -> RunLabel:
     if np.any(np.diff(step) <= 0):
         raise ValueError("steps do not rise; label each attempt by itself")
     return _Labeller(step, values).label()
+
+
+def label_drift(
+    steps: npt.ArrayLike, loss: npt.ArrayLike, reference: npt.ArrayLike
+) -> RunLabel | None:
+    """Whether a run left its twin slowly and for good.
+
+    The excess is the difference of the medians of 16 points. It drifts when, from some point to the
+    end and for at least 50 points, it stays above its lowest value so far by 4 sigma of its own
+    noise, a tenth of the twin's progress and 3 % of the twin's level. The onset is where it last
+    was within a tenth of that.
+
+    Args:
+        steps: (T,) rising, of points that both runs logged.
+        loss: (T,) of the run, finite.
+        reference: (T,) of the twin, finite.
+
+    Returns:
+        The label, or None where the run stayed with its twin.
+    """
+    step = np.asarray(steps, dtype=np.float64)
+    own, other = np.asarray(loss, np.float64), np.asarray(reference, np.float64)
+    if step.size < 4 * _DRIFT_POINTS:
+        return None
+    level = _trailing_median(other, RECENT)
+    excess = _trailing_median(own, RECENT) - level
+    noise = 1.4826 * float(np.median(np.abs(np.diff(own - other)))) / np.sqrt(RECENT)
+    progress = np.maximum(np.max(other[:3]) - np.minimum.accumulate(level), 0.0)
+    above = excess - np.minimum.accumulate(excess)
+    needed = np.maximum(np.maximum(4 * noise, 0.1 * progress), 0.03 * np.abs(level))
+    low = np.flatnonzero(above <= needed)
+    first = int(low[-1]) + 1 if low.size else 0
+    if step.size - first < _DRIFT_POINTS:
+        return None
+    calm = np.flatnonzero(above[:first] <= 0.1 * needed[:first])
+    onset = int(calm[-1]) + 1 if calm.size else first
+    return RunLabel("drift", int(step[onset]), int(step[first]), note="twin")
 
 
 class _Labeller:

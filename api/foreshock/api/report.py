@@ -19,7 +19,8 @@ def markdown(result: Evaluation) -> str:
         *_verdicts(result.alarms),
         _detection(result.detection),
         _risk_table(result),
-        _family_table(result),
+        _slice_table("family", result.by_family),
+        _slice_table("class of event", result.by_class),
     ]
     if result.held_out:
         parts.append(_left_out_table(result.held_out))
@@ -95,9 +96,9 @@ def _risk_table(result: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _family_table(result: Evaluation) -> str:
-    lines = ["| family | divergences | forecast by the full head |", "|---|---|---|"]
-    for name, (count, share) in result.by_family.items():
+def _slice_table(title: str, slices: Mapping[str, tuple[int, float]]) -> str:
+    lines = [f"| {title} | divergences | forecast by the full head |", "|---|---|---|"]
+    for name, (count, share) in slices.items():
         lines.append(f"| {name} | {count} | {share:.2f} |")
     return "\n".join(lines)
 

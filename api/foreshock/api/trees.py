@@ -90,26 +90,23 @@ class _TreeForecaster(DivergenceForecaster):
     def _link(self, sums: FloatArray, count: FloatArray) -> FloatArray:
         """Log-odds from summed leaves; `count` trees each."""
 
-    def _scores(self, data: FloatArray) -> FloatArray:
+    def _scores(self, data: FloatArray, part: int | None = None) -> FloatArray:
         if not self._models:
-            return np.empty((len(data), 0, self.folds))
-        return (
-            np.stack(
-                [self._interval_scores(data, index) for index in range(len(self._models))], axis=1
-            )
-            + self._prior_shift()
-        )
+            return np.empty((len(data), 0, self.folds if part is None else 1))
+        scores = [self._interval_scores(data, index, part) for index in range(len(self._models))]
+        return np.stack(scores, axis=1) + self._prior_shift()
 
-    def _interval_scores(self, data: FloatArray, index: int) -> FloatArray:
+    def _interval_scores(self, data: FloatArray, index: int, part: int | None) -> FloatArray:
+        chosen = slice(None) if part is None else slice(part, part + 1)
         model = self._models[index]
         slope, shift = model["calibration"]
         native = getattr(self, "_native", None)
         if native:
-            raw = [self._native_scores(member, data) for member in native[index]]
+            raw = [self._native_scores(member, data) for member in native[index][chosen]]
             return np.asarray(slope * np.stack(raw, axis=1) + shift)
         parts = np.array_split(data, len(data) // 512 + 1)
         flat = np.concatenate([self._flat_scores(model, part) for part in parts])
-        return np.asarray(slope * flat + shift)
+        return np.asarray(slope * flat[:, chosen] + shift)
 
     def _flat_scores(self, model: Flat, data: FloatArray) -> FloatArray:
         leaves, _ = flat_scores(model, data)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from foreshock.api.baselines import BASELINES, TimeOnlyHazard
+from foreshock.api.baselines import BASELINES, SHIPPED_RULES, TimeOnlyHazard
 from foreshock.api.signals import SIGNALS
 from tests.api.synthetic import column, healthy_signals
 
@@ -22,6 +22,7 @@ SIGNAL_OF = {
     "update ratio growth": "update_ratio",
     "headroom": "weight.headroom_log2.min",
     "overflow": "input.overflow_ratio.max",
+    "loss above its best": "loss",
 }
 
 
@@ -29,11 +30,11 @@ def signals(seed: int = 0) -> FloatArray:
     return healthy_signals(400, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("name", sorted(BASELINES))
+@pytest.mark.parametrize("name", sorted({**BASELINES, **SHIPPED_RULES}))
 def test_scores_depend_on_no_later_record(name: str) -> None:
     whole, changed = signals(), signals()
     changed[300:] = signals(1)[300:]
-    score = BASELINES[name]
+    score = {**BASELINES, **SHIPPED_RULES}[name]
     np.testing.assert_allclose(score(whole)[:300], score(changed)[:300], rtol=1e-9)
 
 
@@ -60,3 +61,23 @@ def test_the_clock_knows_when_and_nothing_else() -> None:
     risk = clock.predict(np.array([10.0, 120.0, 180.0, 9999.0]))
     assert risk[1] > 0.8
     assert risk[[0, 2, 3]].max() < 0.2
+
+
+def test_peers_rules_fire_where_their_makers_say_and_on_improving_loss() -> None:
+    falling, spiked = signals(), signals()
+    falling[:, column("loss")] = 8.0 * (1 + np.arange(400.0)) ** -0.3
+    spiked[350:, column("loss")] *= 20
+    assert np.nanmax(SHIPPED_RULES["trainscope CUSUM, as shipped"](falling)) >= 1
+    assert np.nanmax(SHIPPED_RULES["losslint, as shipped"](falling)) < 1
+    assert np.nanmax(SHIPPED_RULES["losslint, as shipped"](spiked)) >= 1
+    for name, at, change in (
+        ("overflow > 0", "input.overflow_ratio.max", 8.0),
+        ("headroom < 0", "weight.headroom_log2.min", -20.0),
+    ):
+        spoiled = signals()
+        for role in ("input", "weight", "grad_output"):
+            spoiled[:, column(f"{role}.overflow_ratio.max")] = np.log2(1e-6)
+            spoiled[:, column(f"{role}.headroom_log2.min")] = 1.0
+        assert SHIPPED_RULES[name](spoiled)[-1] == 0
+        spoiled[390:, column(at)] += change
+        assert SHIPPED_RULES[name](spoiled)[-1] == 1

@@ -1,6 +1,7 @@
 """Everything that a device has to show, in one call that ends in time.
 
-    python -m benchmarks.device_run tests|benchmarks [--minutes 9.5] [--device cpu --tiny]
+    python -m benchmarks.device_run tests|benchmarks|throughput [--minutes 9.5]
+        [--device cpu --tiny]
 
 Each part is a process of its own with its own share of the time; one that fails or hangs takes
 nothing from the others. Tests run side by side, since most of their time is compilation on the
@@ -85,6 +86,7 @@ def tests() -> list[Part]:
         pytest_part("test_blocks", "tests/gpu/test_blocks.py"),
         pytest_part("test_nccl", "tests/gpu/test_nccl.py"),
         pytest_part("test_transformer_engine", "tests/gpu/test_transformer_engine.py"),
+        pytest_part("test_precision", "tests/gpu/test_precision.py"),
     ]
 
 
@@ -108,14 +110,33 @@ def benchmarks() -> list[Part]:
     ]
 
 
+def throughput() -> list[Part]:
+    """Whole training steps of FOG in FP8 beside Llama 3 in BF16, the most wanted first."""
+
+    def size(width: int, vocabulary: int, seconds: int, *options: str) -> Part:
+        command = ("benchmarks.throughput", "--width", str(width), "--vocabulary", str(vocabulary))
+        limit = ("--seconds", str(seconds - 10))
+        return Part(f"throughput_{width}_{vocabulary}", (*command, *limit, *options), seconds)
+
+    return [
+        size(4096, 256, 110),
+        size(4096, 131_072, 110, "--layers", "3"),
+        size(2048, 256, 90),
+        size(1024, 256, 90),
+        size(2048, 131_072, 90),
+    ]
+
+
 def dry() -> list[Part]:
     """The same scripts where there is no device: that nothing in them is misspelt."""
     interpreted = {"TRITON_INTERPRET": "1"}
     tiny = ("--device", "cpu", "--tiny", "--rounds", "1", "--tensors", "1")
+    step = ("--device", "cpu", "--width", "64", "--tokens", "32", "--steps", "1", "--eager")
     small = ("--device", "cpu", "--tokens", "16", "--width", "64", "--rounds", "1", "--steps", "1")
     return [
         Part("statistics_bandwidth", ("benchmarks.statistics_bandwidth", *tiny), 250, interpreted),
         Part("te_overhead_plain", ("benchmarks.te_overhead", "--part", "plain", *small), 120),
+        Part("throughput", ("benchmarks.throughput", *step, "--recipes", "llama_bf16"), 120),
         Part("nothing", ("benchmarks.te_overhead", "--part", "none"), 60),
     ]
 
@@ -165,7 +186,7 @@ def run(parts: Sequence[Part], folder: Path, until: float, *, together: bool) ->
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("what", choices=("tests", "benchmarks"))
+    parser.add_argument("what", choices=("tests", "benchmarks", "throughput"))
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="with --device cpu: a dry run")
@@ -178,7 +199,8 @@ def main() -> None:
     elif options.what == "tests":
         parts, together = tests(), True
     else:
-        parts, together = benchmarks(), False
+        parts = benchmarks() if options.what == "benchmarks" else throughput()
+        together = False
     sys.exit(1 if run(parts, folder, until, together=together) else 0)
 
 

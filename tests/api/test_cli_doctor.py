@@ -154,6 +154,27 @@ def test_what_a_device_can_do_in_fp8(
     assert (found.verdict, word in found.text) == (verdict, True), found
 
 
+@pytest.mark.parametrize(
+    ("capability", "cuda", "native"),
+    [
+        ([], None, "native: delayed, current, rowwise (for comparisons"),
+        ([[8, 0]], "13.0", "native and transformer_engine need 8.9"),
+        ([[8, 9]], "13.0", "native: delayed, current, rowwise;"),
+        ([[9, 0]], "13.0", "native: delayed, current, rowwise, block128;"),
+        ([[9, 0]], "12.6", "native: delayed, current, rowwise;"),
+        ([[9, 0], [10, 0]], "13.0", "native: delayed, current, rowwise;"),
+    ],
+)
+def test_which_backends_train_here(
+    capability: list[list[int]], cuda: str | None, native: str
+) -> None:
+    devices = [{"name": "a GPU", "capability": each} for each in capability]
+    answer = {**CPU, "devices": devices, "cuda": cuda}
+    (found,) = findings_of("backends", judge_torch(answer, nvidia=bool(devices)))
+    assert native in found.text
+    assert "emulated: all scalings" in found.text
+
+
 def test_an_old_torch() -> None:
     (found,) = findings_of("torch", judge_torch({**CPU, "version": "2.4.1"}, nvidia=False))
     assert found.verdict == "wrong"

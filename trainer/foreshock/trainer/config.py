@@ -246,7 +246,7 @@ class PrecisionConfig:
                 "backend; allowed there: e4m3",
             )
             _require(
-                self.attention == "plain",
+                self.attention != "fp8",
                 "attention is 'fp8' on the native backend, and torch has no such attention; "
                 "allowed there: plain (fp8: backend emulated or transformer_engine)",
             )

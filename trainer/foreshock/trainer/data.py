@@ -81,6 +81,9 @@ def _source(config: DataConfig, kind: str, path: str | None) -> Corpus:
         return _corpus(sources.sotu())
     if kind == "text":
         return load_corpus(path)
+    if kind == "instructions":
+        # What a fine-tuned model is evaluated on: the text that it may forget.
+        return load_corpus(None)
     if kind == "tokens" and path:
         return _corpus(sources.read_tokens(path))
     if kind == "huggingface" and path:

@@ -18,10 +18,12 @@ import torch
 from torch import nn
 
 from foreshock.trainer import checkpoint, distributed_checkpoint
+from foreshock.trainer.cloze import cloze_accuracy
 from foreshock.trainer.config import RunConfig
 from foreshock.trainer.data import Corpus, corpus_of
 from foreshock.trainer.evaluation import held_out_loss
 from foreshock.trainer.faults import BadBatch
+from foreshock.trainer.instructions import Instructions, pairs_of
 from foreshock.trainer.optimizer import set_learning_rate
 from foreshock.trainer.schedule import learning_rate
 from foreshock.trainer.task import Batch, RunningText, Task, parts_of, share_of_loss
@@ -70,6 +72,7 @@ class StepResult:
         tokens: Cumulative, this step included.
         seconds: Of this step, wall clock, without evaluation.
         eval_loss: On held-out text after this step, nats per token; None at most steps.
+        cloze: Share of `evaluation.cloze` items that were answered rightly; None likewise.
     """
 
     step: int
@@ -79,6 +82,7 @@ class StepResult:
     tokens: int
     seconds: float
     eval_loss: float | None = None
+    cloze: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +259,10 @@ class _Run:
         loss = held_out_loss(self.trainee.entry, self.config, self.corpus, self.world)
         if watcher:
             watcher.log(eval_loss=loss)
-        return replace(result, eval_loss=loss)
+        cloze = None
+        if self.config.evaluation.cloze:
+            cloze = cloze_accuracy(self.trainee.entry, self.config, self.corpus, self.world)
+        return replace(result, eval_loss=loss, cloze=cloze)
 
     def resume(self, policy: CheckpointPolicy) -> int:
         path = distributed_checkpoint.latest(policy.folder)
@@ -293,4 +300,6 @@ def task_of(config: RunConfig, corpus: Corpus) -> Task:
     Raises:
         ValueError: The text does not fit the model.
     """
+    if config.data.source == "instructions":
+        return Instructions(config=config, pairs=pairs_of(config.data.folder))
     return RunningText(config=config, corpus=corpus)

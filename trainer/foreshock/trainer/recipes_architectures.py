@@ -10,7 +10,10 @@ from typing import Final
 
 from foreshock.trainer.config import (
     Architecture,
+    DataConfig,
+    EvaluationConfig,
     ModelConfig,
+    OptimizerConfig,
     PrecisionConfig,
     RunConfig,
     ScheduleConfig,
@@ -87,6 +90,19 @@ def fp8lm_cpu(seed: int = 0) -> RunConfig:
     return _run("fp8lm-cpu", "llama3", seed, states=StatesConfig(level="O2"))
 
 
+def sft_cpu(seed: int = 0) -> RunConfig:
+    """Fine-tunes `llama_cpu` on instructions: --set initial=runs/a/step-00000600.pt."""
+    return RunConfig(
+        name="sft-cpu",
+        optimizer=OptimizerConfig(learning_rate=5e-4),
+        schedule=ScheduleConfig(warmup_steps=20, decay_share=0.5),
+        data=DataConfig(source="instructions", held_out=0.02),
+        evaluation=EvaluationConfig(every=50, cloze=128),
+        steps=200,
+        seed=seed,
+    )
+
+
 ARCHITECTURE_RECIPES: Final[dict[str, Callable[[int], RunConfig]]] = {
     make.__name__: make
     for make in (
@@ -100,6 +116,7 @@ ARCHITECTURE_RECIPES: Final[dict[str, Callable[[int], RunConfig]]] = {
         fog_moe_cpu,
         fog_fp8dpa_cpu,
         fp8lm_cpu,
+        sft_cpu,
     )
 }
 """By the name that `foreshock train` knows."""

@@ -90,6 +90,8 @@ class _Stack:
             raise ValueError(f"{corpus.name} holds bytes that model.vocabulary does not reach")
         if any(config.states.level != "O0" for config in configs):
             raise ValueError("a stack keeps float32 states: states.level is O0; train alone for O1")
+        if any(c.initial or c.data.source == "instructions" for c in configs):
+            raise ValueError("a stack trains on text from drawn weights; fine-tune each run alone")
         self.model = _stacked_model(configs).to(device)
         self.optimizer = StackedAdamW(self.model, [config.optimizer for config in configs])
         self.statistics = StackStatistics(self.model, [config.precision for config in configs])

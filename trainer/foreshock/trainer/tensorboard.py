@@ -33,6 +33,7 @@ class TensorboardLog:
         values = {
             "loss/train": result.loss,
             "loss/held_out": result.eval_loss,
+            "cloze": result.cloze,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "tokens": float(result.tokens),

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from foreshock.trainer.checkpoint import load_weights
 from foreshock.trainer.compiled import compile_model
 from foreshock.trainer.config import RunConfig
 from foreshock.trainer.fp8lm import Fp8AdamW
@@ -71,6 +73,8 @@ def make_trainee(config: RunConfig, world: World) -> Trainee:
     """
     torch.manual_seed(config.seed)
     model = Decoder(config.model, config.precision).to(world.device)
+    if config.initial is not None:
+        load_weights(Path(config.initial), model)
     for block in model.blocks:
         if config.execution.recompute:
             recompute_in_backward(block)

@@ -296,6 +296,10 @@ def _print_json(step: StepResult) -> None:
         "tokens": step.tokens,
         "seconds": round(step.seconds, 6),
     }
+    if step.eval_loss is not None:
+        values["eval_loss"] = encode_number(step.eval_loss)
+    if step.cloze is not None:
+        values["cloze"] = step.cloze
     typer.echo(json.dumps(values))
 
 

@@ -18,6 +18,7 @@ from foreshock.trainer.config import RunConfig
 
 __all__ = [
     "CheckpointError",
+    "Resumed",
     "TrainingState",
     "about",
     "check",
@@ -44,11 +45,32 @@ class TrainingState:
         model: Weights, and the scales and amax histories in its buffers.
         optimizer: Moments and step counts.
         corpus_sha256: Text the run reads.
+        skipped: Steps of data that were left out so far.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     corpus_sha256: str
+    skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a run goes on.
+
+    Attributes:
+        next_step: The first step that is not yet taken.
+        skipped: Steps of data that were left out before it.
+    """
+
+    next_step: int
+    skipped: int
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Resumed:
+        """From what a checkpoint says of itself."""
+        # Those written before data could be skipped have skipped none.
+        return cls(int(content["next_step"]), int(content.get("skipped", 0)))
 
 
 def save(folder: Path, config: RunConfig, state: TrainingState, next_step: int) -> Path:
@@ -87,6 +109,7 @@ def about(config: RunConfig, state: TrainingState, next_step: int) -> dict[str, 
         "config": config.as_dict(),
         "corpus_sha256": state.corpus_sha256,
         "next_step": next_step,
+        "skipped": state.skipped,
         "random": torch.get_rng_state(),
     }
 
@@ -96,8 +119,8 @@ def latest(folder: Path) -> Path | None:
     return max(folder.glob("step-*.pt"), default=None)
 
 
-def load(path: Path, config: RunConfig, state: TrainingState) -> int:
-    """Restore a run in place and say which step comes next.
+def load(path: Path, config: RunConfig, state: TrainingState) -> Resumed:
+    """Restore a run in place and say where it goes on.
 
     Raises:
         CheckpointError: The file is damaged, or of another run or another text.
@@ -107,7 +130,7 @@ def load(path: Path, config: RunConfig, state: TrainingState) -> int:
     state.model.load_state_dict(content["model"])
     state.optimizer.load_state_dict(content["optimizer"])
     torch.set_rng_state(content["random"])
-    return int(content["next_step"])
+    return Resumed.of(content)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

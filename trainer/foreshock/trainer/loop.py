@@ -32,6 +32,9 @@ from foreshock.trainer.world import World, joined
 
 __all__ = [
     "CheckpointPolicy",
+    "GoBack",
+    "Overseer",
+    "OverseerFactory",
     "RunResult",
     "StepResult",
     "WatchFactory",
@@ -54,7 +57,36 @@ class Watcher(Protocol):
         """Hand over what is left and let go of the model."""
 
 
+@dataclass(frozen=True, slots=True)
+class GoBack:
+    """An overseer has restored an earlier state of the run.
+
+    Attributes:
+        to: The step to go on with.
+        skip: Steps of data to leave out from there on.
+    """
+
+    to: int
+    skip: int = 0
+
+
+class Overseer(Protocol):
+    """What may change a run between its steps; `foreshock.trainer.guarded` makes one."""
+
+    def attach(self, watcher: Watcher) -> object:
+        """Take the watch of the steps to come: at the beginning and after each going back."""
+
+    def after(self, next_step: int) -> GoBack | None:
+        """Called after every step, on every process; what it restored, if it did."""
+
+    def close(self) -> object:
+        """The run is over."""
+
+
 Ended = Literal["finished", "nonfinite", "stopped"]
+
+OverseerFactory = Callable[[nn.Module, torch.optim.Optimizer], Overseer]
+"""Makes an overseer of (model, optimizer), before there is a watch."""
 
 WatchFactory = Callable[[nn.Module, torch.optim.Optimizer, int], Watcher]
 """Makes a watch of (model, optimizer, number of the first step to come)."""
@@ -135,6 +167,7 @@ def train(
     checkpoints: CheckpointPolicy | None = None,
     corpus: Corpus | None = None,
     nonfinite_steps: int = 5,
+    overseer: OverseerFactory | None = None,
 ) -> RunResult:
     """Train the model of `config` from its first step, or from a checkpoint, to its last.
 
@@ -150,6 +183,8 @@ def train(
         checkpoints: None keeps none.
         corpus: The text; None loads the one `config.data` names.
         nonfinite_steps: The run ends after this many steps in a row without a finite loss.
+        overseer: Makes what may take the run back to an earlier step; every step taken counts
+            in the result, those that were thrown away too.
 
     Raises:
         ValueError: The text does not fit the model or is too short, or the device is not there.
@@ -157,22 +192,29 @@ def train(
     """
     with joined(config.execution) as world, deterministic(config.execution.deterministic):
         run = _Run(config, corpus or corpus_of(config.data), world)
-        first = run.resume(checkpoints) if checkpoints else 0
-        watcher = watch(run.trainee.entry, run.trainee.optimizer, first) if watch else None
+        step = run.resume(checkpoints) if checkpoints else 0
+        over = overseer(run.trainee.model, run.trainee.optimizer) if overseer else None
+        watcher = run.watched(watch, step, over)
         ending = _Ending(config.steps, stop, nonfinite_steps, world)
         results: list[StepResult] = []
-        ended: Ended | None = "finished" if first >= config.steps else None
+        ended: Ended | None = "finished" if step >= config.steps else None
         try:
             while ended is None:
-                results.append(run.step(first + len(results), watcher))
+                results.append(run.step(step, watcher))
+                step += 1
                 if on_step:
                     on_step(results[-1])
+                back = over.after(step) if over else None
                 ended = ending.after(results[-1])
-                if checkpoints and _due(checkpoints, results[-1].step + 1, ended):
-                    run.save(checkpoints, results[-1].step + 1, watcher)
+                if back is not None and ended != "stopped":
+                    ended, step = None, back.to
+                    watcher = run.gone_back(back, watch, watcher, over)
+                elif checkpoints and _due(checkpoints, step, ended):
+                    run.save(checkpoints, step, watcher)
         finally:
-            if watcher:
-                watcher.close()
+            for attached in (over, watcher):
+                if attached:
+                    attached.close()
     return RunResult(
         config=config, steps=tuple(results), ended=ended, corpus_sha256=run.corpus.sha256
     )
@@ -212,15 +254,39 @@ class _Run:
         self.config, self.corpus, self.world = config, corpus, world
         self.task: Task = task_of(config, corpus)
         self.trainee = make_trainee(config, world)
+        self.skipped = 0
+
+    def watched(
+        self, watch: WatchFactory | None, step: int, overseer: Overseer | None
+    ) -> Watcher | None:
+        watcher = watch(self.trainee.entry, self.trainee.optimizer, step) if watch else None
+        if overseer and watcher:
+            overseer.attach(watcher)
+        return watcher
+
+    def gone_back(
+        self,
+        back: GoBack,
+        watch: WatchFactory | None,
+        watcher: Watcher | None,
+        overseer: Overseer | None,
+    ) -> Watcher | None:
+        """What was restored is watched anew: a new attempt, with its steps from `back.to` on."""
+        self.skipped += back.skip
+        if watcher:
+            watcher.close()
+        return self.watched(watch, back.to, overseer)
 
     def step(self, step: int, watcher: Watcher | None) -> StepResult:
         began = time.perf_counter()
         config, trainee = self.config, self.trainee
         rate = learning_rate(config, step)
         set_learning_rate(trainee.optimizer, rate)
-        parts = parts_of(self.task.batch(step), self.world, config.data.micro_batches)
+        parts = parts_of(
+            self.task.batch(step + self.skipped), self.world, config.data.micro_batches
+        )
         trainee.model.begin_step(step, config.fault)
-        loss = self._backward(parts, step)
+        loss = self._backward(parts, step + self.skipped)
         if watcher:
             watcher.log(loss=loss)
         norm = trainee.gradients.clip(config.optimizer.clip)
@@ -239,13 +305,13 @@ class _Run:
         )
         return self._evaluated(result, watcher)
 
-    def _backward(self, parts: Sequence[Batch], step: int) -> torch.Tensor:
-        """Gradients of the step's loss, reduced; the loss of this process, 0-dim, detached."""
+    def _backward(self, parts: Sequence[Batch], number: int) -> torch.Tensor:
+        """Gradients of a batch's loss, reduced; the loss of this process, 0-dim, detached."""
         fault = self.config.fault
-        gain = fault.loss_gain(step) if isinstance(fault, BadBatch) else 1.0
+        gain = fault.loss_gain(number) if isinstance(fault, BadBatch) else 1.0
         losses = []
-        for number, part in enumerate(parts, 1):
-            with self.trainee.gradients.micro_batch(number == len(parts)):
+        for place, part in enumerate(parts, 1):
+            with self.trainee.gradients.micro_batch(place == len(parts)):
                 loss = share_of_loss(self.trainee.entry, part)
                 torch.autograd.backward(loss * (gain / len(parts)))
             losses.append(loss.detach())
@@ -268,12 +334,17 @@ class _Run:
         path = distributed_checkpoint.latest(policy.folder)
         if path is None or not policy.resume:
             return 0
+        resumed = self._loaded(path)
+        self.skipped = resumed.skipped
+        return resumed.next_step
+
+    def _loaded(self, path: Path) -> checkpoint.Resumed:
         if self.world.alone and path.is_file():
             return checkpoint.load(path, self.config, self._state())
         content = distributed_checkpoint.load(
             path, self.config, self._state(), entry=self.trainee.entry, world=self.world
         )
-        return int(content["next_step"])
+        return checkpoint.Resumed.of(content)
 
     def save(self, policy: CheckpointPolicy, next_step: int, watcher: Watcher | None) -> None:
         folder, state, config = policy.folder, self._state(), self.config
@@ -291,6 +362,7 @@ class _Run:
             model=self.trainee.model,
             optimizer=self.trainee.optimizer,
             corpus_sha256=self.task.sha256,
+            skipped=self.skipped,
         )
 
 

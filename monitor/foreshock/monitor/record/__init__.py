@@ -44,7 +44,7 @@ from foreshock.monitor.record.reports import (
     decode_reports,
     encode_reports,
 )
-from foreshock.monitor.record.risk import HORIZONS, AlertState, Driver, Risk, RiskKind
+from foreshock.monitor.record.risk import HORIZONS, AlertState, Driver, Risk, RiskKind, Suspect
 from foreshock.monitor.record.schema import SCHEMA, TENSOR_TYPE, conform, validate
 from foreshock.monitor.record.sums import EXPONENTS, FIELD_REDUCTIONS, TensorSums
 
@@ -74,6 +74,7 @@ __all__ = [
     "StatisticColumns",
     "StepRecord",
     "StepReport",
+    "Suspect",
     "TensorIdentity",
     "TensorStatistics",
     "TensorSums",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-__all__ = ["HORIZONS", "AlertState", "Driver", "Risk", "RiskKind"]
+__all__ = ["HORIZONS", "AlertState", "Driver", "Risk", "RiskKind", "Suspect"]
 
 HORIZONS: Final = (10, 100, 1000)
 """Horizons in optimizer steps (in rows for imported logs)."""
@@ -59,3 +59,20 @@ class Risk:
     state: AlertState = "ok"
     drivers: tuple[Driver, ...] = ()
     model_version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspect:
+    """The likeliest cause of an alarm.
+
+    Attributes:
+        name: learning_rate, scale, outlier, underflow, bad_data, ... or unknown.
+        layers: Qualified names of the layers that show it; may be empty.
+        share: Share of the watched layers that are among them.
+        probability: Of the cause.
+    """
+
+    name: str
+    layers: tuple[str, ...] = ()
+    share: float = 0.0
+    probability: float = 0.0

@@ -21,8 +21,9 @@ from foreshock.monitor.guard.actions import (
     UseBf16,
     UseFp8,
 )
-from foreshock.monitor.guard.decisions import GuardState, Seen, decide
+from foreshock.monitor.guard.decisions import decide
 from foreshock.monitor.guard.policy import GuardPolicy
+from foreshock.monitor.guard.state import GuardState, Seen
 from foreshock.monitor.record import Risk, Suspect
 
 POLICY = GuardPolicy(snapshot_every=10, good_after=10, rate_hold=40, cooldown=5)

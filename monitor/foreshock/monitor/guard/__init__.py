@@ -15,8 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from foreshock.monitor.guard.actions import Action, RollBack
-from foreshock.monitor.guard.decisions import Seen
 from foreshock.monitor.guard.policy import GuardPolicy
+from foreshock.monitor.guard.state import Seen
 from foreshock.monitor.record import Suspect
 
 if TYPE_CHECKING:

@@ -6,9 +6,7 @@ Durations count observations (`GuardState.clock`), since step numbers go back.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from statistics import median
+from dataclasses import replace
 
 from foreshock.monitor.guard.actions import (
     Action,
@@ -23,137 +21,12 @@ from foreshock.monitor.guard.actions import (
     UseFp8,
 )
 from foreshock.monitor.guard.policy import GuardPolicy
-from foreshock.monitor.record import Risk, Suspect
+from foreshock.monitor.guard.state import LEVEL_STEPS, Decision, GuardState, Mark, Seen
 
-__all__ = ["Decision", "GuardState", "Mark", "Seen", "decide"]
+__all__ = ["decide"]
 
-_LEVEL = 16
-"""Steps whose median is the level of the loss."""
 _AGAIN = 3
 """Observations after a rollback that may still speak of the steps that were thrown away."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """One step, as the guard knows it.
-
-    Attributes:
-        step: Of the record that was scored.
-        next_step: First step that the loop has not yet taken.
-        risk: What the scorer said.
-        loss: Of that step, None where not measured.
-        rate: Learning rate that the schedule asks for; None if unknown.
-        suspect: Likeliest cause; None without a diagnosis.
-    """
-
-    step: int
-    next_step: int
-    risk: Risk
-    loss: float | None = None
-    rate: float | None = None
-    suspect: Suspect | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A snapshot that is held.
-
-    Attributes:
-        step: First step after it.
-        at: Clock when it was taken.
-        rate: Learning rate asked for then.
-        level: Loss then, median of some steps; inf where unknown.
-        allowed: Highest level that is no drift: the lowest until then, and some noise.
-        good: Known-good.
-    """
-
-    step: int
-    at: int
-    rate: float | None
-    level: float
-    allowed: float = math.inf
-    good: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuardState:
-    """All that a guard remembers.
-
-    Attributes:
-        clock: Observations so far.
-        calm: Observations in a row without alarm.
-        losses: The latest ones.
-        best: Lowest level of the loss.
-        marks: Snapshots held, oldest first.
-        ceiling: Limit of the learning rate in force.
-        ceiling_base: The limit before it began to return.
-        ceiling_until: Clock at which it begins to.
-        released: Clock at which it was lifted.
-        in_bf16: Patterns of layers that the guard moved to bfloat16.
-        bf16_until: Clock at which they go back.
-        bf16_times: How often they were moved.
-        rescaled: Whether scales have their margin.
-        acted: Clock of the latest intervention.
-        rolled: Clock of the latest rollback.
-        target: Step that it went to.
-        attempts: Rollbacks within the present incident.
-        rollbacks: In all.
-        interventions: In all.
-        exhausted: Whether it was said that the limits are reached.
-    """
-
-    clock: int = 0
-    calm: int = 0
-    losses: tuple[float, ...] = ()
-    best: float = math.inf
-    marks: tuple[Mark, ...] = ()
-    ceiling: float | None = None
-    ceiling_base: float | None = None
-    ceiling_until: float = 0
-    released: int | None = None
-    in_bf16: tuple[str, ...] = ()
-    bf16_until: float = 0
-    bf16_times: int = 0
-    rescaled: bool = False
-    acted: int | None = None
-    rolled: int | None = None
-    target: int | None = None
-    attempts: int = 0
-    rollbacks: int = 0
-    interventions: int = 0
-    exhausted: bool = False
-
-    def since(self, clock: int | None) -> float:
-        """Observations since then; infinite if it never was."""
-        return math.inf if clock is None else self.clock - clock
-
-    @property
-    def level(self) -> float:
-        """Median of the latest losses; inf before there are enough."""
-        return median(self.losses) if len(self.losses) == _LEVEL else math.inf
-
-    @property
-    def noise(self) -> float:
-        """Sigma of the latest losses, of their differences so that no trend counts."""
-        if len(self.losses) < _LEVEL:
-            return 0.0
-        jumps = [abs(b - a) for a, b in pairwise(self.losses)]
-        return 1.4826 * median(jumps) / math.sqrt(2)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """What to do, in order, and why.
-
-    Attributes:
-        state: To go on with.
-        actions: Often none.
-        why: One sentence; empty without actions that need one.
-    """
-
-    state: GuardState
-    actions: tuple[Action, ...] = ()
-    why: str = ""
 
 
 def decide(policy: GuardPolicy, state: GuardState, seen: Seen) -> Decision:
@@ -173,7 +46,7 @@ def _tracked(state: GuardState, seen: Seen) -> GuardState:
     calm = state.calm + 1 if seen.risk.state in ("ok", "resolved") else 0
     losses = state.losses
     if seen.loss is not None and math.isfinite(seen.loss):
-        losses = (*losses, seen.loss)[-_LEVEL:]
+        losses = (*losses, seen.loss)[-LEVEL_STEPS:]
     state = replace(state, clock=state.clock + 1, calm=calm, losses=losses)
     return replace(state, best=min(state.best, state.level)) if calm else state
 
@@ -184,8 +57,40 @@ def _tracked(state: GuardState, seen: Seen) -> GuardState:
 def _calm(policy: GuardPolicy, state: GuardState, seen: Seen) -> Decision:
     state, good = _promoted(policy, state)
     state, taken = _snapshot(policy, state, seen)
+    if _surged(policy, state, seen):
+        return _tamed(policy, state, seen, (*good, *taken))
     state, undone = _returned(policy, state, seen)
     return Decision(state=state, actions=(*good, *taken, *undone), why="the risk stayed low")
+
+
+def _surged(policy: GuardPolicy, state: GuardState, seen: Seen) -> bool:
+    """The schedule asks for far more than usual, and nobody limited it yet."""
+    if state.usual is None or seen.rate is None or state.ceiling is not None:
+        return False
+    surge = policy.rate_surge
+    return bool(surge) and seen.rate > surge * state.usual
+
+
+def _tamed(
+    policy: GuardPolicy, state: GuardState, seen: Seen, before: tuple[Action, ...]
+) -> Decision:
+    if state.interventions >= policy.most_interventions:
+        return Decision(state=state, actions=before)
+    assert state.usual is not None
+    assert seen.rate is not None
+    why = (
+        f"the schedule asks for a learning rate of {seen.rate:.3g}, {seen.rate / state.usual:.3g}"
+        f" times its usual {state.usual:.3g}; the risk is still low"
+    )
+    state = replace(
+        state,
+        ceiling=state.usual,
+        ceiling_base=state.usual,
+        ceiling_until=state.clock + policy.rate_hold,
+        acted=state.clock,
+        interventions=state.interventions + 1,
+    )
+    return Decision(state=state, actions=(*before, LimitRate(state.usual)), why=why)
 
 
 def _held(policy: GuardPolicy, state: GuardState, seen: Seen) -> Decision:
@@ -193,6 +98,8 @@ def _held(policy: GuardPolicy, state: GuardState, seen: Seen) -> Decision:
     if state.marks and state.clock - state.marks[-1].at < policy.cooldown:
         return Decision(state=state)
     state, taken = _marked(policy, state, seen)
+    if _surged(policy, state, seen):
+        return _tamed(policy, state, seen, taken)
     return Decision(state=state, actions=taken, why=f"the risk rises: {_signals(seen)}")
 
 
@@ -223,6 +130,7 @@ def _snapshot(
 def _marked(
     policy: GuardPolicy, state: GuardState, seen: Seen
 ) -> tuple[GuardState, tuple[Action, ...]]:
+    state = replace(state, usual=_usual_rate(policy, state, seen))
     mark = Mark(seen.next_step, state.clock, seen.rate, state.level, state.best + state.noise)
     marks = tuple(m for m in state.marks if m.step != mark.step)
     # What should have become known-good long ago and has not keeps no place.
@@ -232,26 +140,46 @@ def _marked(
         kept: tuple[Mark, ...] = (*marks, mark)
         dropped: tuple[int, ...] = (failed[0].step,)
     else:
-        kept, dropped = _thinned((*marks, mark), policy.keep_snapshots)
+        kept, dropped = _thinned((*marks, mark), policy.keep_snapshots, _before_rise(policy, state))
     actions: tuple[Action, ...] = (TakeSnapshot(mark.step),)
     if dropped:
         actions = (Forget(dropped), *actions)
     return replace(state, marks=kept), actions
 
 
-def _thinned(marks: tuple[Mark, ...], keep: int) -> tuple[tuple[Mark, ...], tuple[int, ...]]:
+def _usual_rate(policy: GuardPolicy, state: GuardState, seen: Seen) -> float | None:
+    """The rate before it began to rise, as a plateau or a decay shows it."""
+    last = state.marks[-1].rate if state.marks else None
+    if not last or seen.rate is None:
+        return state.usual
+    level = seen.rate <= policy.rate_rise**0.5 * last
+    # A plateau above the usual rate is a rise that has ended, unless nothing happened for long.
+    risen = state.usual is not None and seen.rate > policy.rate_rise * state.usual
+    return seen.rate if level and not risen else state.usual
+
+
+def _before_rise(policy: GuardPolicy, state: GuardState) -> int | None:
+    """Step of the newest known-good snapshot from before the rate rose."""
+    usual = state.usual
+    if usual is None:
+        return None
+    level = [m.step for m in state.marks if m.good and (m.rate or 0) <= policy.rate_rise * usual]
+    return level[-1] if level else None
+
+
+def _thinned(
+    marks: tuple[Mark, ...], keep: int, needed: int | None
+) -> tuple[tuple[Mark, ...], tuple[int, ...]]:
     """Drop the ones that are closest to their neighbours for their age; the newest two stay."""
     left, dropped = list(marks), []
     while len(left) > keep:
-        if keep <= 2 or len(left) < 4:
-            index = 0
-        else:
-            now = left[-1].at
-            index = min(
-                range(1, len(left) - 2),
-                key=lambda i: (left[i + 1].at - left[i - 1].at) / (now - left[i].at + 1),
-                default=0,
-            )
+        now = left[-1].at
+        free = [i for i in range(1, len(left) - 2) if left[i].step != needed]
+        index = min(
+            free,
+            key=lambda i: (left[i + 1].at - left[i - 1].at) / (now - left[i].at + 1),
+            default=0,
+        )
         dropped.append(left.pop(index).step)
     return tuple(left), tuple(dropped)
 
@@ -308,22 +236,12 @@ def _mild_remedy(
 
 def _rose(policy: GuardPolicy, state: GuardState, good: Mark | None, seen: Seen) -> bool:
     rates = [m.rate for m in state.marks if m.good and m.rate]
-    usual = _usual_rate(policy, state)
+    usual = state.usual
     before = min(
         [*([good.rate] if good and good.rate else rates[-1:]), *([usual] if usual else [])],
         default=None,
     )
     return before is not None and seen.rate is not None and seen.rate > policy.rate_rise * before
-
-
-def _usual_rate(policy: GuardPolicy, state: GuardState) -> float | None:
-    """The rate before it began to rise: where two neighbouring snapshots agree; None in a warm-up.
-
-    The newest known-good one may have been taken after a slow rise began.
-    """
-    rates = [m.rate for m in state.marks if m.good and m.rate]
-    pairs = reversed(list(pairwise(rates)))
-    return next((a for a, b in pairs if b <= policy.rate_rise**0.5 * a), None)
 
 
 def _limited(
@@ -334,7 +252,7 @@ def _limited(
         return state, ()
     there = good.rate if good is not None and good.rate else seen.rate
     risen = _rose(policy, state, good, seen)
-    usual = _usual_rate(policy, state)
+    usual = state.usual
     if risen and usual is not None:
         there = min(there, usual)
     wanted = there if risen and not harder else policy.rate_factor * there
@@ -421,7 +339,7 @@ def _target(policy: GuardPolicy, state: GuardState, seen: Seen, *, again: bool) 
     if again and state.target is not None:
         older = [m for m in good if m.step < state.target]
         return older[-1] if older else good[0]
-    usual = _usual_rate(policy, state)
+    usual = state.usual
     if usual is not None and _rose(policy, state, good[-1], seen):
         # A slow rise may have begun before the newest one.
         return next(

@@ -34,6 +34,9 @@ class GuardPolicy:
             snapshot, once for each time that trouble comes back. Where the rate itself rose since
             then it is first set to what it was there.
         rate_rise: The rate counts as risen from this ratio on.
+        rate_surge: From so many times its usual value on (that of a plateau) a rising rate is set
+            back to it even while the risk is low; 0 never does. A restart of the schedule that is
+            meant needs 0, or a policy of its own.
         rate_hold: Steps for which it stays at what it was before a rise.
         rate_rest: Steps for which it stays at a share of what it was.
         rate_return: Growth per step of the limit afterwards, until it limits nothing. If trouble
@@ -59,6 +62,7 @@ class GuardPolicy:
     act_on_forecast: bool = True
     rate_factor: float = 0.5
     rate_rise: float = 1.1
+    rate_surge: float = 4.0
     rate_hold: int = 1000
     rate_rest: int = 200
     rate_return: float = 1.02
@@ -90,6 +94,7 @@ class GuardPolicy:
         _check("good_loss_rise", self.good_loss_rise, self.good_loss_rise > 0, "above 0")
         _check("rate_factor", self.rate_factor, 0 < self.rate_factor < 1, "above 0 and below 1")
         _check("rate_rise", self.rate_rise, self.rate_rise > 1, "above 1")
+        _check("rate_surge", self.rate_surge, self.rate_surge >= 0, "0 or more")
         _check("rate_return", self.rate_return, self.rate_return > 1, "above 1")
         _check("bf16_share", self.bf16_share, 0 <= self.bf16_share <= 1, "0 to 1")
 

@@ -30,8 +30,9 @@ from foreshock.monitor.guard.actions import (
 )
 from foreshock.monitor.guard.agreement import Agreement
 from foreshock.monitor.guard.controls import Controls
-from foreshock.monitor.guard.decisions import Decision, GuardState, Seen, decide
+from foreshock.monitor.guard.decisions import decide
 from foreshock.monitor.guard.policy import GuardPolicy
+from foreshock.monitor.guard.state import Decision, GuardState, Seen
 from foreshock.monitor.record import Risk, StepRecord, Suspect
 from foreshock.monitor.sinks import StepRecordSink
 

@@ -43,7 +43,7 @@ def test_a_token_file_of_nanogpt_has_no_notes_and_is_uint16(tmp_path: Path) -> N
 
 def test_a_cut_or_missing_token_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "train.bin"
-    with pytest.raises(ValueError, match=r"is not a file; .*write_tokens makes one"):
+    with pytest.raises(ValueError, match=r"is not a file; foreshock tokenize .* makes one"):
         read_tokens(str(path))
     write_tokens(np.arange(100, dtype=np.uint16), path)
     path.write_bytes(path.read_bytes()[:-2])

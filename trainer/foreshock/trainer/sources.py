@@ -18,7 +18,16 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-__all__ = ["huggingface", "python_sources", "read_tokens", "sotu", "text_folder", "write_tokens"]
+__all__ = [
+    "huggingface",
+    "iter_texts",
+    "load_tokenizer",
+    "python_sources",
+    "read_tokens",
+    "sotu",
+    "text_folder",
+    "write_tokens",
+]
 
 # Third-party code and tests are no part of "the standard library's source"; the build's own
 # settings (_sysconfigdata*) differ from machine to machine.
@@ -100,13 +109,34 @@ def huggingface(folder: str, column: str, tokenizer: str | None) -> Text:
 def _tokenized(texts: Any, tokenizer: str | None) -> np.ndarray[Any, Any]:
     if tokenizer is None:
         return np.frombuffer(bytearray("\n\n".join(texts).encode()), dtype=np.uint8)
-    tokenizers = _package("tokenizers", "data.tokenizer")
-    if not Path(tokenizer).is_file():
-        raise ValueError(f"data.tokenizer {tokenizer!r} is not a file; give a tokenizer.json")
-    model = tokenizers.Tokenizer.from_file(tokenizer)
+    model = load_tokenizer(tokenizer)
     # A text at a time: a whole corpus of Python integers would be many times its tokens.
     parts = [np.array(model.encode(text).ids, dtype=np.int32) for text in texts]
     return np.concatenate([*parts, np.zeros(0, np.int32)])
+
+
+def load_tokenizer(path: str) -> Any:
+    """A tokenizer of the package tokenizers.
+
+    Raises:
+        ValueError: The package or the file is missing.
+    """
+    tokenizers = _package("tokenizers", "data.tokenizer")
+    if not Path(path).is_file():
+        raise ValueError(f"data.tokenizer {path!r} is not a file; give a tokenizer.json")
+    return tokenizers.Tokenizer.from_file(path)
+
+
+def iter_texts(folder: Path) -> Iterator[bytes]:
+    """The text files of a folder and its subfolders one by one, in the order of their paths.
+
+    Raises:
+        ValueError: The folder is missing or is no folder.
+    """
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{str(folder)!r} {what}; give a folder that holds text files")
+    return _texts(_walk(folder, set()))
 
 
 def _package(name: str, wanted_by: str) -> Any:
@@ -150,7 +180,7 @@ def read_tokens(path: str) -> Text:
     file, about_file = Path(path), Path(f"{path}.json")
     if not file.is_file():
         raise ValueError(
-            f"data.folder {path!r} is not a file; foreshock.trainer.sources.write_tokens makes one"
+            f"data.folder {path!r} is not a file; foreshock tokenize FOLDER {path} makes one"
         )
     about = json.loads(about_file.read_text()) if about_file.is_file() else {"dtype": "uint16"}
     name = about.get("dtype")

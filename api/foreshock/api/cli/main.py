@@ -19,6 +19,7 @@ from foreshock.api.cli import (
     serve,
     sweep,
     token,
+    tokenize,
     train,
     watch,
 )
@@ -52,6 +53,7 @@ fit.register(app)
 incident.register(app)
 sweep.register(app)
 train.register(app)
+tokenize.register(app)
 watch.register(app)
 doctor.register(app)
 

@@ -14,6 +14,8 @@ from foreshock.monitor.sampling import Cadence
 from foreshock.monitor.session import Watch
 from foreshock.monitor.settings import WatchSettings
 from foreshock.monitor.sinks import StepRecordSink
+from foreshock.trainer.blocks.fused import xielu
+from foreshock.trainer.blocks.xielu_kernels import xielu_on_device
 from foreshock.trainer.compiled import compile_model
 from foreshock.trainer.config import ModelConfig, OptimizerConfig, PrecisionConfig, ScalingName
 from foreshock.trainer.head_loss import HeadLoss
@@ -80,6 +82,22 @@ def test_native_is_near_transformer_engine(scaling: ScalingName) -> None:
         here = one_pass(native, seed, torch.bfloat16, tokens=256)
     for gemm, got in here.parts.items():
         assert sqnr(there.parts[gemm], got) > 30, gemm
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 1000), (1, 1, 7)])
+def test_xielu_and_its_gradients_are_those_of_the_cpu(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, grad = (3 * torch.randn(2, *shape, generator=generator)).bfloat16()
+    slopes = torch.full((1, 1, 1), 0.8), torch.full((1, 1, 1), 0.7)
+    wanted = [t.requires_grad_() for t in (x.double(), *(s.double() for s in slopes))]
+    got = [t.requires_grad_() for t in (x.cuda(), *(s.cuda() for s in slopes))]
+    exact, found = xielu(*wanted), xielu_on_device(*got)
+    assert sqnr(exact, found) > 45
+    gradients = torch.autograd.grad(found, got, grad.cuda())
+    for ours, theirs in zip(
+        gradients, torch.autograd.grad(exact, wanted, grad.double()), strict=True
+    ):
+        assert sqnr(theirs, ours) > 45
 
 
 def losses(precision: PrecisionConfig, *, compiled: bool = False, steps: int = 4) -> list[float]:

@@ -45,8 +45,16 @@ def gradients(
     return loss.item(), nn.utils.parameters_to_vector(p.grad for p in model.parameters())  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("architecture", ["fog_max", "llama3"])
-@pytest.mark.parametrize("backend", ["bf16", "emulated", "native"])
+@pytest.mark.parametrize(
+    ("architecture", "backend"),
+    [
+        ("fog_max", "bf16"),
+        ("fog_max", "native"),
+        ("llama3", "bf16"),
+        pytest.param("fog_max", "emulated", marks=pytest.mark.long),
+        pytest.param("llama3", "native", marks=pytest.mark.long),
+    ],
+)
 def test_compiled_blocks_compute_what_eager_ones_do(
     architecture: Architecture, backend: str
 ) -> None:

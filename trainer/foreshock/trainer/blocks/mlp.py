@@ -38,7 +38,19 @@ class XIELU(nn.Module):
         """Shape (*lead, B, T, features), kept."""
         a_p = functional.softplus(self.p)[..., None, None]
         a_n = XIELU_BETA + functional.softplus(self.n)[..., None, None]
+        if x.is_cuda and x.dtype == torch.bfloat16 and self.p.numel() == 1:
+            y: Tensor = _on_device(x, a_p, a_n)
+            return y
         return xielu(x, a_p, a_n)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _on_device(x: Tensor, a_p: Tensor, a_n: Tensor) -> Tensor:
+    # Imported where it runs: Triton wants a device, or its interpreter.
+    from foreshock.trainer.blocks.xielu_kernels import xielu_on_device
+
+    y: Tensor = xielu_on_device(x, a_p, a_n)
+    return y
 
 
 class _PlainMlp(nn.Module):

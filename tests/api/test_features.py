@@ -148,3 +148,42 @@ def test_refuses_settings_that_cannot_be() -> None:
         FeatureSettings(half_lives=(4.0, 2.0, 64.0, 256.0))
     with pytest.raises(ValueError, match="warmup"):
         FeatureSettings(warmup=0)
+
+
+def test_a_loss_that_stops_falling_and_a_restless_gradient_show_in_the_dynamics() -> None:
+    signals, stuck = run(600), run(600)
+    loss, gradient = column("loss"), column("grad_norm")
+    trend = 3.0 * np.exp(-np.arange(600) / 200)
+    signals[:, loss] += trend
+    stuck[:, loss] += np.maximum(trend, trend[300]) + np.linspace(0, 0.2, 600)
+    rng = np.random.default_rng(5)
+    stuck[400:, gradient] += np.repeat(rng.normal(0, 1.0, 20), 10) + np.linspace(0, 2, 200)
+    falling, still = (extract_run(np.arange(600), s)[-1] for s in (signals, stuck))
+    assert feature(falling, "loss.stall") < feature(still, "loss.stall") - 2
+    assert feature(falling, "loss.drift") < feature(still, "loss.drift")
+    assert feature(still, "grad_norm.jitter") > feature(falling, "grad_norm.jitter")
+    assert feature(still, "grad_norm.memory") > feature(falling, "grad_norm.memory") + 0.3
+    assert feature(still, "grad_norm.above_low") > feature(falling, "grad_norm.above_low")
+
+
+def test_worst_layers_that_part_from_the_median_ones_show() -> None:
+    signals = run()
+    apart = signals.copy()
+    apart[200:, column("weight.kurtosis.max")] += np.linspace(0, 4, 100)
+    one, other = (extract_run(np.arange(300), s)[-1] for s in (signals, apart))
+    assert feature(other, "weight.spread") > feature(one, "weight.spread") + 0.3
+    assert feature(other, "weight.plain") > feature(one, "weight.plain") + 1
+    assert abs(feature(other, "input.spread") - feature(one, "input.spread")) < 1e-9
+    assert feature(other, "weight.agree") > 0
+
+
+def test_planned_steps_of_a_whole_run_are_the_live_rebaselines() -> None:
+    signals = run(200)
+    extractor = FeatureExtractor()
+    live = []
+    for step in range(200):
+        if step == 120:
+            extractor.rebaseline()
+        row = extractor.update(step, signals[step])
+        live.append(np.full(len(FEATURES), np.nan) if row is None else row)
+    np.testing.assert_array_equal(np.array(live), extract_run(np.arange(200), signals, None, [120]))

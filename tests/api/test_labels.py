@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foreshock.api.labels import label_run
+from foreshock.api.labels import label_drift, label_run
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -145,3 +145,21 @@ def test_labels_do_not_depend_on_the_unit_of_the_loss(unit: float, seed: int) ->
     loss[200:] += 2
     one, other = label_run(np.arange(300), loss), label_run(np.arange(300), loss * unit)
     assert (one.kind, one.onset) == (other.kind, other.onset)
+
+
+def test_a_run_that_leaves_its_twin_slowly_drifts_from_where_it_left() -> None:
+    twin, steps = curve(seed=1), np.arange(800)
+    left = twin + np.where(steps > 500, (steps - 500) * 0.0025, 0.0)
+    label = label_drift(steps, left, twin)
+    assert label is not None
+    assert label.kind == "drift"
+    assert 490 <= (label.onset or 0) <= 560
+    assert (label.onset or 0) < (label.crossing or 0)
+
+
+def test_other_noise_and_what_comes_back_is_no_drift() -> None:
+    twin, steps = curve(seed=1), np.arange(800)
+    assert label_drift(steps, curve(seed=2), twin) is None
+    bump = twin + np.where((steps > 400) & (steps < 500), 1.0, 0.0)
+    assert label_drift(steps, bump, twin) is None
+    assert label_drift(steps[:100], twin[:100] + steps[:100], twin[:100]) is None

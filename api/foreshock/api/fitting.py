@@ -18,6 +18,7 @@ from sklearn.base import clone
 from foreshock.api.alerts import AlertSettings, alarm_starts
 from foreshock.api.artifact import HEADS, Artifact, Head
 from foreshock.api.corpus import CorpusRun, training_rows
+from foreshock.api.familiarity import reference_of
 from foreshock.api.features import FEATURES
 from foreshock.api.forecaster import DivergenceForecaster
 
@@ -223,8 +224,13 @@ def artifact_of(
         version=version_of(prints, {name: head.features for name, head in heads.items()}),
         budget=supported[0] if supported else BUDGETS[-1],
         fingerprints=frozenset(prints),
-        card=card | describe(runs, heads),
+        card=card | describe(runs, heads) | _reference(runs),
     )
+
+
+def _reference(runs: Sequence[CorpusRun]) -> dict[str, Any]:
+    found = reference_of(runs, HEADS["full"])
+    return {} if found is None else {"reference": found.as_dict()}
 
 
 def version_of(fingerprints: Sequence[str], heads: Mapping[str, Sequence[str]] = HEADS) -> str:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from foreshock.api.alerts import PLANNED_EVENTS, AlertMachine
 from foreshock.api.artifact import HEADS, Artifact, Head, load_shipped
 from foreshock.api.detection import Detection, LossDetector
+from foreshock.api.familiarity import Reference, Unfamiliarity
 from foreshock.api.features import FEATURES, SIGNAL_OF_FEATURE, FeatureExtractor
 from foreshock.api.scoring_records import ScoringRecord
 from foreshock.api.signals import EXTREMES, summarise, worst_layers
@@ -102,6 +103,7 @@ class LocalScorer:
         self._detector = LossDetector()
         self._machine = AlertMachine(None, self._artifact.alerts if self._artifact else None)
         self._worst: tuple[str | None, ...] = (None,) * len(EXTREMES)
+        self._reference: Reference | None = None
         self.features: FloatArray | None = None
         self.alarm_score: float | None = None
         self.detection = Detection()
@@ -154,6 +156,17 @@ class LocalScorer:
         if record.measured:
             self._worst = record.worst
         return self._answer(record.step, record.scalars, record.events, record.signals)
+
+    def familiarity(self) -> Unfamiliarity | None:
+        """Whether the latest record is like the model's training records; None = cannot say."""
+        if self._artifact is None or self.features is None:
+            return None
+        document = self._artifact.card.get("reference")
+        if document is None:
+            return None
+        if self._reference is None:
+            self._reference = Reference.from_dict(document)
+        return self._reference.judge(self.features[[_PLACE[n] for n in self._reference.names]])
 
     @property
     def state(self) -> Any:

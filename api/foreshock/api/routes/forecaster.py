@@ -58,6 +58,9 @@ def get_forecaster() -> ForecasterCard:
     evaluation = card.pop("evaluation", None)
     rates = card.pop("base_rate_per_step", {})
     unsupported = card.pop("unsupported_horizons", {})
+    reference = card.pop("reference", None)
+    if reference is not None:
+        card["unfamiliar_false_share"] = reference["false_share"]
     return ForecasterCard(
         version=document["version"],
         budget=document["budget"],

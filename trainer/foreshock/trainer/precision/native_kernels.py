@@ -18,18 +18,36 @@ _ROWS, _COLUMNS = 64, 128
 def cast_both_on_device(
     x: Tensor, scale: Tensor, dtype: torch.dtype, largest: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `native_cast.cast_both`, one pass through memory."""
+    """As `native_cast.cast_both`, one pass through memory where x is bfloat16.
+
+    For float32, which weights are once a step, the kernel's columns were wrong with Triton 3.6
+    where the height divides by 16 (tests/gpu/test_precision.py has the case): torch turns those.
+    """
     x = x.contiguous()
     height, width = x.shape
     rows = torch.empty((height, width), dtype=dtype, device=x.device)
-    columns = torch.empty((width, height), dtype=dtype, device=x.device)
+    turn = x.dtype == torch.bfloat16
+    shape = (width, height) if turn else (1, 1)
+    columns = torch.empty(shape, dtype=dtype, device=x.device)
     # Magnitudes are compared as the integers that their bits are: their order is the same, and NaN
     # is the largest.
     amax = torch.zeros((), dtype=torch.int32, device=x.device)
     grid = (triton.cdiv(width, _COLUMNS), triton.cdiv(height, _ROWS))
     _cast_kernel[grid](
-        x, rows, columns, scale, amax, height, width, largest, ROWS=_ROWS, COLUMNS=_COLUMNS
+        x,
+        rows,
+        columns,
+        scale,
+        amax,
+        height,
+        width,
+        largest,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        TURN=turn,
     )
+    if not turn:
+        columns = rows.view(torch.uint8).t().contiguous().view(dtype)
     return rows, columns, amax.view(torch.float32)
 
 
@@ -45,6 +63,7 @@ def _cast_kernel(
     largest,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TURN: tl.constexpr,
 ):
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -57,12 +76,11 @@ def _cast_kernel(
     # Comparisons with NaN are false, so that NaN stays.
     scaled = tl.where(scaled > largest, largest, scaled)
     scaled = tl.where(scaled < -largest, -largest, scaled)
-    tl.store(rows_ptr + at, scaled.to(rows_ptr.dtype.element_ty), inside)
-    turned = column[:, None] * height + row[None, :]
-    within = (column[:, None] < width) & (row[None, :] < height)
-    # Turned before the cast, and the mask made anew: turning tensors of 8 bits or 1 bit went wrong
-    # in Triton 3.6 for float32 inputs (tests/gpu/test_precision.py has the case).
-    tl.store(columns_ptr + turned, tl.trans(scaled).to(columns_ptr.dtype.element_ty), within)
+    codes = scaled.to(rows_ptr.dtype.element_ty)
+    tl.store(rows_ptr + at, codes, inside)
+    if TURN:
+        turned = column[:, None] * height + row[None, :]
+        tl.store(columns_ptr + turned, tl.trans(codes), tl.trans(inside))
 
 
 def advance_on_device(

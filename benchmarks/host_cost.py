@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from foreshock.monitor import together, triton_tables
+from foreshock.monitor import fused_norms, outlets, scalars, together, triton_tables
 from foreshock.monitor.device_rows import DeviceRows
 from foreshock.monitor.sampling import Cadence
 from foreshock.monitor.session import Watch
@@ -187,6 +187,15 @@ class Kernels:
         """As a compiled kernel is started."""
         self.launches += 1
 
+    def __getitem__(self, grid: object) -> Callable[..., Kernels]:
+        """As Triton starts a kernel, and leaves it to be started again."""
+        return self.accumulate_one
+
+    def accumulate_one(self, *_: object, **__: object) -> Kernels:
+        """The first launch of a kernel."""
+        self.launches += 1
+        return self
+
 
 @dataclass
 class Variant:
@@ -229,6 +238,8 @@ def variant(name: str, layers: int, every: int | None) -> Variant:
             run="bench", cadence=Cadence(every or 10**9), sinks=(), spool=None, probe=False
         )
         watch = Watch(model, optimizer, settings)
+        # As on a device.
+        watch._outlets._worker._linger = outlets.LINGER_SECONDS
     x = torch.ones(4, WIDTH, dtype=torch.bfloat16)
 
     def step() -> None:
@@ -253,6 +264,9 @@ def stand_ins() -> Kernels:
     """Put what is no device in its place."""
     # Adapters of a library are asked where it is loaded.
     sys.modules.setdefault("transformer_engine", types.ModuleType("transformer_engine"))
+    kernels = Kernels()
+    vars(fused_norms)["norms_kernel"] = kernels
+    scalars._fused = lambda device: fused_norms.FusedNorms(device) if device else None
     # All runs inside of its context.
     state = types.ModuleType("transformer_engine.pytorch.quantization")
     state.FP8GlobalStateManager = types.SimpleNamespace(FP8_ENABLED=True)  # type: ignore[attr-defined]
@@ -261,7 +275,6 @@ def stand_ins() -> Kernels:
     Watch._reads_parameters = (  # type: ignore[method-assign]
         lambda self, step: step.measured and step.detailed
     )
-    kernels = Kernels()
     DeviceRows.on = classmethod(  # type: ignore[method-assign,assignment]
         lambda cls, device, **rest: cls(device, kernels, **rest)
     )

@@ -6,6 +6,7 @@ here they all lie in one. Tensors that lie where they lay at the last call need 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,6 +51,9 @@ class FusedNorms:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._on_cuda = device.type == "cuda"
+        self._current_stream: Callable[[int], int] = (
+            torch._C._cuda_getCurrentRawStream if self._on_cuda else _no_stream
+        )
         self._shapes: list[tuple[torch.dtype, torch.Size]] = []
         self._addresses: list[int] = []
         self._groups: list[_Group] = []
@@ -64,9 +68,10 @@ class FusedNorms:
 
         Returns:
             None for tensors of other types than bf16, fp16 and fp32, without elements, not
-            contiguous, or not at addresses that are multiples of 16.
+            contiguous, or not at addresses that are multiples of 16; and while a graph is captured.
         """
-        if not all(x.is_contiguous() for x in tensors):
+        capturing = self._on_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing or not all(x.is_contiguous() for x in tensors):
             return None
         shapes = [(x.dtype, x.shape) for x in tensors]
         addresses = [x.data_ptr() for x in tensors]
@@ -146,7 +151,7 @@ class FusedNorms:
             start(
                 group.compiled,
                 grid,
-                torch._C._cuda_getCurrentRawStream(self._device.index or 0),
+                self._current_stream(self._device.index or 0),
                 (
                     address + group.first * FIELDS * 8,
                     self._partials.data_ptr(),
@@ -156,3 +161,8 @@ class FusedNorms:
                 (group.members, *group.constants.values()),
             )
         return norms
+
+
+def _no_stream(device: int) -> int:
+    """On a CPU there is one order of things."""
+    return 0

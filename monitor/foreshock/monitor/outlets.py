@@ -23,9 +23,10 @@ from foreshock.monitor.snapshot import Snapshot
 from foreshock.monitor.spool import Spool
 from foreshock.monitor.worker import Worker
 
-__all__ = ["Outlets", "Placed"]
+__all__ = ["LINGER_SECONDS", "Outlets", "Placed"]
 
-_LINGER_SECONDS: Final = 0.1
+LINGER_SECONDS: Final = 0.1
+"""So long a step may wait for others, on a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class Outlets:
             # The others wait for this process's part of every step.
             keeps_place=placed.group is not None,
             # On a CPU a step is long beside what a record takes, and records may come at once.
-            linger=0.0 if placed.device.type == "cpu" else _LINGER_SECONDS,
+            linger=0.0 if placed.device.type == "cpu" else LINGER_SECONDS,
         )
 
     def _open_spool(

@@ -233,9 +233,7 @@ class GradientNorms:
                 return
             self._held = held[0]
             gradients = [_values(p.grad) for p in held if p.grad is not None]
-            vector = None
-            if self._fused is not None and not torch.cuda.is_current_stream_capturing():
-                vector = self._fused.norms(gradients)
+            vector = None if self._fused is None else self._fused.norms(gradients)
             if vector is None:
                 vector = _stacked(_norms(gradients))
             norms = Norms(self._names_of(held), (vector,))

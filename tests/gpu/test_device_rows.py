@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from foreshock.monitor.device_rows import DeviceRows, Slot
+from foreshock.monitor.device_rows import DeviceRows, Known, Slot
 from foreshock.monitor.entry import Entry
 from foreshock.monitor.record import TensorIdentity
 from foreshock.monitor.statistics import SUM_FIELDS, packed_sums
@@ -102,25 +102,32 @@ def test_many_in_one_launch_are_to_the_bit_what_each_is_in_its_own(rows: DeviceR
         (format, x.to(DEVICE), None if scale is None else torch.tensor(scale, device=DEVICE))
         for format, x, scale in of_many_kinds()
     ]
-    for detailed in (False, True, False):
+    known: dict[int, Known] = {}
+    for detailed in (False, True, False, False):
         rows.start_step(measuring=True, detailed=detailed)
         rows.next_micro_batch()
         for later in (False, True):
             for number, (format, x, scale) in enumerate(kinds):
                 slot = slot_of(rows, format, f"{number} {later}")
+                if later and number in known and not detailed:
+                    assert rows.add_known(known[number], x, scale)
+                    continue
                 if x.dtype == torch.uint8:
                     assert scale is not None
-                    rows.add_codes(slot, x, scale, later=later)
+                    one = rows.add_codes(slot, x, scale, later=later)
                 else:
-                    rows.add(slot, x, scale, later=later)
+                    one = rows.add(slot, x, scale, later=later)
+                if one is not None and not detailed:
+                    known[number] = one
         entries, values, _ = rows.take()
         assert values is not None
         found = {e.identity.layer: row for e, row in zip(entries, values.cpu(), strict=True)}
         for number in range(len(kinds)):
-            one, many = found[f"{number} False"], found[f"{number} True"]
-            assert torch.equal(one.nan_to_num(nan=-7.0), many.nan_to_num(nan=-7.0)), number
-            assert one[1] == 1.0
-    assert rows._together._layouts, "some came together"
+            alone, many = found[f"{number} False"], found[f"{number} True"]
+            assert torch.equal(alone.nan_to_num(nan=-7.0), many.nan_to_num(nan=-7.0)), number
+            assert alone[1] == 1.0
+    assert len(known) >= 9, "nearly all came together"
+    assert not rows.add_known(known[0], kinds[1][1], kinds[1][2]), "another kind"
     assert not rows.take_lost()
 
 

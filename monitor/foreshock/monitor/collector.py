@@ -16,7 +16,7 @@ import torch
 from foreshock.monitor import ops
 from foreshock.monitor.batching import BatchedSums
 from foreshock.monitor.blocks import block_sums, histogram
-from foreshock.monitor.device_rows import DeviceRows, Slot
+from foreshock.monitor.device_rows import DeviceRows, Known, Slot
 from foreshock.monitor.entry import Entry
 from foreshock.monitor.formats import FORMATS, GRANULARITIES
 from foreshock.monitor.operands import Operand
@@ -126,6 +126,9 @@ class Collector(ops.Receiver):
         self._on_cuda = device.type == "cuda"
         self._rows = DeviceRows.on(device, count_exponents=count_exponents)
         self._slots: dict[tuple[str, str, str, int, str | None, bool], Slot] = {}
+        # By layer, role and call, with the operand or the codes' format: see `_wait_again`.
+        self._known: dict[tuple[str, str, int], tuple[object, Known]] = {}
+        self._quick = False
         self._stack = BatchedSums()
         self._taken = Taken()
         self._waiting: list[Entry] = []
@@ -201,6 +204,8 @@ class Collector(ops.Receiver):
             detailed: Whether errors of casts and channels are, too; on a CPU they always are.
         """
         self.measuring = measuring
+        self._quick = measuring and not detailed and self.sampling.whole and self._what_if is None
+        self.lasting = False
         self._micro_batch = -1
         self._weighed = set()
         if self._rows is not None:
@@ -227,6 +232,8 @@ class Collector(ops.Receiver):
         Raises:
             ValueError: As `packed_sums`.
         """
+        if self.lasting and self._wait_again((layer, role, call_index), operand, x, operand.scale):
+            return
         if mu is not None and self.measuring:
             self._note_mu(layer, role, operand, call_index, mu)
         if self._add_to_slot(layer, role, x, operand, call_index, source):
@@ -246,6 +253,21 @@ class Collector(ops.Receiver):
                 self._measure(entry, sample, operand)
         elif self._probe:
             self._probe_sum(entry, local)
+
+    def _wait_again(
+        self,
+        place: tuple[str, str, int],
+        how: object,
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+    ) -> bool:
+        """The shortest way: a tensor that is like the last one at its place, and may wait."""
+        if not self._quick:
+            return False
+        found = self._known.get(place)
+        if found is None or found[0] is not how or type(x) not in PLAIN or self._rows is None:
+            return False
+        return self._rows.add_known(found[1], x, scale)
 
     def _note_mu(
         self, layer: str, role: str, operand: Operand, call_index: int, mu: torch.Tensor
@@ -287,7 +309,9 @@ class Collector(ops.Receiver):
             slot = self._slots[key] = self._rows.slot(entry)
         # Without a scale there is none that could change.
         later = self.lasting or (operand.scale is None and not x.is_inference())
-        self._rows.add(slot, x, operand.scale, recording=recording, later=later)
+        known = self._rows.add(slot, x, operand.scale, recording=recording, later=later)
+        if known is not None and source is None:
+            self._known[layer, role, call_index] = operand, known
         return True
 
     def flush(self) -> None:
@@ -315,6 +339,8 @@ class Collector(ops.Receiver):
         call_index: int = 0,
     ) -> None:
         """Measure FP8 codes, one byte an element; the tensor they stand for is code x scale_inv."""
+        if self.lasting and self._wait_again((layer, role, call_index), format, codes, scale_inv):
+            return
         recording = self.recording
         if not (self.measuring or recording):
             return
@@ -326,7 +352,11 @@ class Collector(ops.Receiver):
         if slot is None:
             identity = TensorIdentity(layer, role, format, call_index)
             slot = self._slots[key] = self._rows.slot(Entry(identity, None, WHOLE, "codes"))
-        self._rows.add_codes(slot, codes, scale_inv, recording=recording, later=self.lasting)
+        known = self._rows.add_codes(
+            slot, codes, scale_inv, recording=recording, later=self.lasting
+        )
+        if known is not None:
+            self._known[layer, role, call_index] = format, known
 
     def take(self) -> Taken:
         """What passed by during the step."""

@@ -18,7 +18,7 @@ from foreshock.monitor.entry import Entry
 from foreshock.monitor.formats import format_named
 from foreshock.monitor.record import EXPONENTS, FIELD_REDUCTIONS
 
-__all__ = ["ROW_FIELDS", "DeviceRows", "Slot"]
+__all__ = ["ROW_FIELDS", "DeviceRows", "Known", "Slot"]
 
 ROW_FIELDS: Final = len(FIELD_REDUCTIONS) + 1
 """`SUM_FIELDS`, and the first micro-batch with a non-finite element (+inf for none)."""
@@ -76,6 +76,24 @@ class Slot:
         self.joint.clear()
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was worked out for a tensor that waits for others, for the next one of its kind.
+
+    Attributes:
+        slot, member: Its row, and how it stands in a table.
+        shape, stride, dtype: Of the tensor.
+        generation: Of the rows.
+    """
+
+    slot: Slot
+    member: Any
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    generation: int
+
+
 class DeviceRows:
     """The rows of one collector.
 
@@ -106,6 +124,8 @@ class DeviceRows:
         self._scratch = kernels.Scratch(device)
         self._together = kernels.Together(self._scratch, self._control)
         self._lost: set[tuple[str, str]] = set()
+        # Counts how often what was worked out has ceased to hold.
+        self._generation = 0
         self._retired: list[torch.Tensor] = []
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._steps = 0
@@ -193,7 +213,7 @@ class DeviceRows:
         *,
         recording: bool = False,
         later: bool = False,
-    ) -> None:
+    ) -> Known | None:
         """Measure a tensor into its row.
 
         Args:
@@ -202,6 +222,9 @@ class DeviceRows:
             scale: In force, or None for current scaling.
             recording: Whether a graph is being captured, whose steps are not known yet.
             later: Whether x and scale stay as they are until `flush`.
+
+        Returns:
+            For `add_known`, where the tensor waits for others.
         """
         detailed = self._detailed or recording
         address = x.data_ptr()
@@ -214,7 +237,7 @@ class DeviceRows:
             if member is not None:
                 if lost := self._together.add(member, x, address, scale, slot):
                     self._leave_out(lost)
-                return
+                return Known(slot, member, x.shape, x.stride(), x.dtype, self._generation)
         found = slot.ready.get(key)
         mark = self._mark(recording)
         if found is not None:
@@ -223,6 +246,27 @@ class DeviceRows:
         else:
             self._keep(slot, key, self._measure(slot, x, scale, detailed), x, scale)
         self._mark_end(mark)
+        return None
+
+    def add_known(self, known: Known, x: torch.Tensor, scale: torch.Tensor | None) -> bool:
+        """The same for a tensor or codes that wait, are plain and not measured in detail.
+
+        Returns:
+            False, and nothing is done, for another kind of tensor than before.
+        """
+        address = x.data_ptr()
+        if (
+            address & 15
+            or x.shape != known.shape
+            or x.stride() != known.stride
+            or x.dtype is not known.dtype
+            or known.generation != self._generation
+            or known.slot.apart
+        ):
+            return False
+        if lost := self._together.add(known.member, x, address, scale, known.slot):
+            self._leave_out(lost)
+        return True
 
     def _measure(
         self, slot: Slot, x: torch.Tensor, scale: torch.Tensor | None, detailed: bool
@@ -233,6 +277,7 @@ class DeviceRows:
             if slot.channels is None or len(slot.channels) != features:
                 # What is ready adds to the vector of before.
                 slot.forget()
+                self._generation += 1
                 slot.channels = self._vectors.take(features)
             channels = slot.channels
         if self._count_exponents and slot.exponents is None:
@@ -259,8 +304,8 @@ class DeviceRows:
         *,
         recording: bool = False,
         later: bool = False,
-    ) -> None:
-        """Measure FP8 codes into their row; `later` as for `add`."""
+    ) -> Known | None:
+        """Measure FP8 codes into their row; the rest as for `add`."""
         address, place = codes.data_ptr(), scale_inv.data_ptr()
         key = (codes.shape, codes.stride(), codes.dtype, (address % 16, place % 16))
         if later and not recording and not slot.apart:
@@ -268,7 +313,8 @@ class DeviceRows:
             if member is not None:
                 if lost := self._together.add(member, codes, address, scale_inv, slot):
                     self._leave_out(lost)
-                return
+                shape, stride = codes.shape, codes.stride()
+                return Known(slot, member, shape, stride, codes.dtype, self._generation)
         found = slot.ready.get(key)
         mark = self._mark(recording)
         if found is not None:
@@ -286,6 +332,7 @@ class DeviceRows:
             )
             self._keep(slot, key, started, codes, scale_inv)
         self._mark_end(mark)
+        return None
 
     def _keep(
         self,
@@ -386,6 +433,7 @@ class DeviceRows:
         # A graph captured earlier still writes to the old rows.
         self._retired.append(self._rows)
         self._rows = wider
+        self._generation += 1
         for slot in self._slots.values():
             slot.forget()
 

@@ -270,7 +270,8 @@ class ModelHooks:
         if self._context.model_begins(module) and not self._told:
             self._heard = True
             self._start_micro_batch()
-            self._collector.lasting = self._collector.measuring and autocast_is_on()
+            collector = self._collector
+            collector.lasting = collector.measuring and not collector.recording and autocast_is_on()
             self._context.updates = False
 
     def _start_micro_batch(self) -> None:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from foreshock.api.diagnosis import CAUSES
 from foreshock.api.wire import ARROW
 from foreshock.monitor.record import (
     Event,
@@ -170,7 +171,7 @@ def test_diagnosis_names_causes_with_evidence(scene: Scene) -> None:
     assert answer["step"] == HEALTHY + 2
     assert answer["causes"]
     for cause in answer["causes"]:
-        assert cause["name"] in ("learning_rate", "scale", "outlier", "bad_data", "unknown")
+        assert cause["name"] in CAUSES
         assert cause["evidence"]
         assert cause["remedy"]
 

@@ -20,7 +20,7 @@ __all__ = ["CAUSES", "Cause", "RunWindow", "diagnose"]
 
 FloatArray = npt.NDArray[np.float64]
 
-CAUSES: Final = ("learning_rate", "scale", "outlier", "bad_data", "unknown")
+CAUSES: Final = ("learning_rate", "scale", "underflow", "outlier", "bad_data", "unknown")
 _TOP_LAYERS: Final = 5
 
 _REMEDIES: Final[Mapping[str, tuple[str, str]]] = {
@@ -33,6 +33,11 @@ _REMEDIES: Final[Mapping[str, tuple[str, str]]] = {
         "let the scale follow the amax again: current scaling or a longer amax history for these"
         " layers, or run them in bf16; check that scales were restored with the checkpoint",
         "Transformer Engine #1047, Megatron-LM #442; FP8-LM (2310.18313)",
+    ),
+    "underflow": (
+        "let the scale rise with what is left of the tensor: current scaling for these layers, or"
+        " bf16; for gradients E5M2, or a larger loss scale or mu",
+        "FP8-LM (2310.18313), eq. 1 to 6: automatic scaling of gradients that underflow",
     ),
     "outlier": (
         "give the layer finer scales (per row or block), or bf16; Smooth-SwiGLU or an architecture"
@@ -123,7 +128,7 @@ def diagnose(window: RunWindow) -> tuple[Cause, ...]:
     moves = movements_of(window.steps, window.identities, window.statistics or {})
     findings = (
         _learning_rate(window, moves),
-        _scale(moves),
+        *_scale(moves),
         _outlier(moves, consequence=_rate_rose(window)),
         _bad_data(window, moves),
         _Finding("unknown", 1.0, _what_moved(window, moves), moves.broadest()),
@@ -176,8 +181,12 @@ def _learning_rate(window: RunWindow, moves: Movements) -> _Finding:
     return _Finding("learning_rate", score, text, moves.broadest(), statistic, since)
 
 
-def _scale(moves: Movements) -> _Finding:
-    """Headroom moved while amax did not, or the scale stands still while amax moves."""
+def _scale(moves: Movements) -> tuple[_Finding, _Finding]:
+    """Headroom moved while amax did not, or the scale stands still while amax moves.
+
+    Downwards a tensor saturates, upwards it is flushed to zero: two causes, of which the strongest
+    mover decides; the other one keeps the base score.
+    """
     headroom, amax, scale = (moves.change(name) for name in ("headroom_log2", "amax", "scale_log2"))
     own = np.abs(headroom) - 1.5 * np.abs(amax)
     drifted = (np.abs(headroom) > 0.3) & (moves.sigmas("headroom_log2") > 6)
@@ -187,7 +196,8 @@ def _scale(moves: Movements) -> _Finding:
     if hit.size == 0:
         known = np.isfinite(headroom).any()
         text = "scales follow the amax" if known else "no scales were measured"
-        return _Finding("scale", -1.0 if known else -3.0, text)
+        base = -1.0 if known else -3.0
+        return _Finding("scale", base, text), _Finding("underflow", base, text)
     ranked = moves.ranked(hit, "headroom_log2")
     top = ranked[0]
     lost = moves.worst_change("overflow_ratio", hit), moves.worst_change("underflow_ratio", hit)
@@ -198,7 +208,11 @@ def _scale(moves: Movements) -> _Finding:
         f" {moves.after('headroom_log2', top):.2f} (log2) while its amax moved by {amax[top]:+.2f}"
         f" and its scale {how}; {hit.size} of {headroom.size} tensors affected"
     )
-    return _Finding("scale", score, text, ranked, "headroom_log2")
+    rose = headroom[top] > 0
+    found = _Finding("underflow" if rose else "scale", score, text, ranked, "headroom_log2")
+    other = "headroom fell" if not rose else "headroom rose"
+    rest = _Finding("scale" if rose else "underflow", -1.0, f"no: the {other}")
+    return found, rest
 
 
 def _rate_rose(window: RunWindow) -> bool:

@@ -26,7 +26,7 @@ router = APIRouter(tags=["risk"])
 class CauseModel(BaseModel):
     """One likely cause."""
 
-    name: str = Field(description="learning_rate, scale, outlier, bad_data or unknown")
+    name: str = Field(description="learning_rate, scale, underflow, outlier, bad_data or unknown")
     probability: Number
     layers: list[str] = Field(description="Most affected first")
     role: str | None

@@ -10,6 +10,7 @@ export const CAUSES = {
   learning_rate: "Learning rate",
   scale: "FP8 scale",
   outlier: "Activation outlier",
+  underflow: "Underflow",
   bad_data: "Bad data",
   unknown: "Unknown cause",
 };

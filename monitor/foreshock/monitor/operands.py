@@ -16,6 +16,7 @@ import torch
 __all__ = [
     "DTYPE_FORMATS",
     "OPERAND_ROLES",
+    "CastTap",
     "KeptAsCodes",
     "ObservableStates",
     "Observer",
@@ -77,6 +78,15 @@ class Tap(Protocol):
     """
 
     tapped_role: str | None
+
+
+@runtime_checkable
+class CastTap(Tap, Protocol):
+    """A tap whose tensor is cast for a product that is no linear layer's, such as attention's."""
+
+    def tapped_operand(self) -> Operand:
+        """The cast of the latest tensor."""
+        ...
 
 
 Observer = Callable[[torch.nn.Parameter, str, torch.Tensor, Operand, torch.Tensor | None], object]

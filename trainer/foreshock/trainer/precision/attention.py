@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from foreshock.monitor.operands import Operand
 from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.precision.cast import quantize
 from foreshock.trainer.precision.scaling import Scaling
@@ -22,6 +23,8 @@ from foreshock.trainer.precision.support import check_alone, require_transformer
 
 __all__ = ["AttentionCore", "Fp8Attention", "HeadSizes", "PlainAttention", "attention_core"]
 
+_SHOWN: Final = ("query", "key", "value", "attention_probs")
+"""Operands that a monitor sees; the gradients it does not."""
 _FORMATS: Final = {
     "query": "e4m3",
     "key": "e4m3",
@@ -136,6 +139,25 @@ class PlainAttention(AttentionCore):
         )
 
 
+class _ShownOperand(nn.Module):
+    """Where a monitor sees an operand: called with the tensor once its scale is known."""
+
+    def __init__(self, role: str, scaling: Scaling) -> None:
+        super().__init__()
+        self.tapped_role = role
+        # In a tuple, so that it stays the core's own submodule and no second one.
+        self._scaling = (scaling,)
+
+    def tapped_operand(self) -> Operand:
+        """The cast that the latest tensor went through."""
+        scaling = self._scaling[0]
+        return Operand(scaling.fp8_format, scaling.used)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X as it is."""
+        return x
+
+
 class Fp8Attention(AttentionCore):
     """Both products in FP8, forward and backward, as cuDNN's FP8 attention under fp8_dpa.
 
@@ -158,9 +180,17 @@ class Fp8Attention(AttentionCore):
         self.scaling = nn.ModuleDict(
             {role: Scaling(recipes, lead=lead, fp8_format=f) for role, f in _FORMATS.items()}
         )
+        # A stack measures by itself.
+        self.operands = nn.ModuleDict()
+        for role in () if lead else _SHOWN:
+            scaling = self.scaling[role]
+            assert isinstance(scaling, Scaling)
+            self.operands[role] = _ShownOperand(role, scaling)
+        self._trains = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `AttentionCore.forward`."""
+        self._trains = torch.is_grad_enabled()
         grouped = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
         mixed: Tensor = _Fp8Attention.apply(  # type: ignore[no-untyped-call]
             grouped, k.unsqueeze(2), v.unsqueeze(2), self
@@ -173,6 +203,10 @@ class Fp8Attention(AttentionCore):
         assert isinstance(scaling, Scaling)
         stacked = x.reshape(*self.lead, -1, *x.shape[1:])
         scale = scaling.step(stacked, update=self.training)
+        if role in self.operands and not torch.compiler.is_compiling():
+            # Inside an autograd function gradients are off, which to a monitor is evaluation.
+            with torch.set_grad_enabled(self._trains):
+                self.operands[role](x)
         codes = quantize(stacked, scale, scaling.fp8_format).float()
         inverse = scaling.inverse(scale)
         inverse = inverse.view(inverse.shape + (1,) * (codes.dim() - inverse.dim()))

@@ -17,8 +17,18 @@ from foreshock.monitor.sinks import StepRecordSink
 from foreshock.trainer.blocks.fused import xielu
 from foreshock.trainer.blocks.xielu_kernels import xielu_on_device
 from foreshock.trainer.compiled import compile_model
-from foreshock.trainer.config import ModelConfig, OptimizerConfig, PrecisionConfig, ScalingName
+from foreshock.trainer.config import (
+    DataConfig,
+    ExecutionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    RunConfig,
+    ScalingName,
+)
+from foreshock.trainer.data import Corpus
 from foreshock.trainer.head_loss import HeadLoss
+from foreshock.trainer.loop import train
 from foreshock.trainer.model import Decoder
 from foreshock.trainer.optimizer import make_optimizer
 from foreshock.trainer.precision import Scaling
@@ -205,3 +215,26 @@ def test_a_head_in_pieces_has_the_gradients_of_a_whole_one(monkeypatch: pytest.M
     loss = torch.nn.functional.cross_entropy(logits, targets)
     for got, exact in zip(found, torch.autograd.grad(loss, (x, weight)), strict=True):
         assert sqnr(exact, got) > 40
+
+
+@pytest.mark.parametrize("backend", ["bf16", "native", "emulated"])
+def test_the_loop_trains_on_a_device_as_on_a_cpu(backend: str) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        emulated = backend if device == "cuda" or backend == "bf16" else "emulated"
+        config = RunConfig(
+            name="loop",
+            model=ModelConfig(architecture="fog_max", width=64, layers=2, heads=2),
+            precision=PrecisionConfig(backend=emulated),  # type: ignore[arg-type]
+            data=DataConfig(sequence_length=64, batch_size=4, micro_batches=2),
+            execution=ExecutionConfig(device=device),  # type: ignore[arg-type]
+            steps=5,
+        )
+        found[device] = [step.loss for step in train(config, corpus=noise()).steps]
+    assert max(abs(a - b) for a, b in zip(found["cpu"], found["cuda"], strict=True)) < 0.03
+
+
+def noise() -> Corpus:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 256, (50_000,), generator=generator, dtype=torch.uint8)
+    return Corpus(tokens=tokens, sha256="0" * 64, name="noise")

@@ -97,8 +97,13 @@ class Attention(nn.Module):
         # As FOG's released code sees them: bounded, not yet turned.
         self.query(qk[:, :, : self.heads])
         self.key(qk[:, :, self.heads :])
-        rotated = rotate(qk, turns).transpose(1, 2)
-        q, k = torch.split(rotated, [self.heads, self.key_heads], dim=1)
+        if turns.is_complex():
+            rotated = rotate(qk, turns).transpose(1, 2)
+            q, k = torch.split(rotated, [self.heads, self.key_heads], dim=1)
+        else:
+            # Apart, so that both are whole tensors: fused attention would copy slices.
+            parts = torch.split(qk, [self.heads, self.key_heads], dim=2)
+            q, k = (rotate(part, turns).transpose(1, 2) for part in parts)
         mixed = self.core(q, k, v.transpose(1, 2))
         y: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
         return y

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foreshock.monitor.formats import FORMATS
+from foreshock.trainer.precision.fast_stack import stack_kernels_for
 
 __all__ = ["GEMM_DTYPE", "quantize", "saturating_cast"]
 
@@ -46,6 +47,9 @@ def saturating_cast(x: Tensor, scale: Tensor, fp8_format: str) -> Tensor:
 
 def quantize(x: Tensor, scale: Tensor, fp8_format: str) -> Tensor:
     """As `saturating_cast`, with the FP8 numbers (still times scale) in `GEMM_DTYPE`."""
+    if kernels := stack_kernels_for(x, scale.dim()):
+        fast: Tensor = kernels.cast_per_model(x, scale.contiguous(), fp8_format)
+        return fast
     codes = saturating_cast(x, scale, fp8_format)
     if codes.is_cpu:
         index = codes.view(torch.uint8).reshape(-1).int()

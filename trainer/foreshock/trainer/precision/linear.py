@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from foreshock.monitor.operands import Operand
 from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.precision.cast import GEMM_DTYPE, quantize
+from foreshock.trainer.precision.fast_stack import stack_kernels_for
 from foreshock.trainer.precision.gemm import gemm
 from foreshock.trainer.precision.scaling import Scaling
 
@@ -287,6 +288,11 @@ class _QuantizedMatmul(torch.autograd.Function):
 
 
 def _rescaled(product: Tensor, inverse_a: Tensor, inverse_b: Tensor) -> Tensor:
+    kernels = stack_kernels_for(product, 1) if inverse_a.dim() == 3 else None
+    if kernels is not None and product.is_contiguous():
+        factor = (inverse_a * inverse_b).reshape(-1)
+        fast: Tensor = kernels.rescaled_per_model(product, factor)
+        return fast
     # One after the other: the product of two inverse scales can leave float32's range.
     result = product.float()
     if inverse_a.dim() == 2:

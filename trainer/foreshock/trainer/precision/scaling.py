@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from foreshock.monitor.formats import FORMATS
 from foreshock.trainer.config import PrecisionConfig
+from foreshock.trainer.precision.fast_stack import stack_kernels_for
 
-__all__ = ["Scaling", "tensor_amax"]
+__all__ = ["Scaling", "scale_of", "tensor_amax"]
 
 
 def tensor_amax(x: Tensor, lead: int) -> Tensor:
     """Largest magnitude over all but the first `lead` axes, float32; NaN if there is a NaN."""
+    if kernels := stack_kernels_for(x, lead):
+        fast: Tensor = kernels.amax_per_model(x)
+        return fast
     flat = x.reshape(*x.shape[:lead], -1)
     # Two reductions without an intermediate beat abs() and one.
     return torch.maximum(flat.amax(-1), -flat.amin(-1)).float()
@@ -78,6 +82,8 @@ class Scaling(nn.Module):
         self._fault_hit: Tensor | None = None
         self._fault_inverse: Tensor | None = None
         self._known_ahead = not self._any_current
+        self._deferred = False
+        self.seen: Tensor | None = None
 
     def limit_history(self, lengths: Tensor) -> None:
         """Let only the newest entries of the amax history count.
@@ -160,6 +166,23 @@ class Scaling(nn.Module):
             inverse.to(self.scale.device) if wrong and inverse is not None else None
         )
 
+    def defer(self) -> None:
+        """Leave it to `StackedScales` to advance the state: `step` only notes the amax in `seen`.
+
+        A fault is then held in place by `hold`, since nothing may be decided on the host.
+        """
+        self._deferred, self._known_ahead = True, False
+
+    def hold(self, factor: Tensor, hit: Tensor, inverse: Tensor) -> None:
+        """As `break_scale`, without a look at any value, for a deferred scale.
+
+        Args:
+            factor: float32 of shape lead: what the scale of before the fault is multiplied by.
+            hit: bool of shape lead: the models whose scale is broken.
+            inverse: float32 of shape lead: by how much the inverse scale is wrong; 1 = right.
+        """
+        self._fault_factor, self._fault_hit, self._fault_inverse = factor, hit, inverse
+
     def in_force(self) -> Tensor | None:
         """The scale that the next cast will use, shape lead; None if its tensor decides."""
         return self._broken(self.scale) if self._known_ahead else None
@@ -193,7 +216,9 @@ class Scaling(nn.Module):
             update: As in `step`.
         """
         self.used = scale
-        if update:
+        if self._deferred:
+            self.seen = amax
+        elif update:
             self._advance(amax, scale)
 
     def peek(self, x: Tensor) -> Tensor:
@@ -204,7 +229,7 @@ class Scaling(nn.Module):
         """The scale of a tensor with this amax."""
         scale = self.scale
         if self._any_current:
-            own = _scale_of(amax, torch.full_like(self.gain, self._largest), torch.ones_like(amax))
+            own = scale_of(amax, torch.full_like(self.gain, self._largest), torch.ones_like(amax))
             scale = own if self._all_current else torch.where(self.current, own, scale)
         return self._broken(scale)
 
@@ -221,7 +246,7 @@ class Scaling(nn.Module):
         if not self._all_current:
             shifted = torch.cat((amax.unsqueeze(-1), self.history[..., :-1]), -1)
             self.history = shifted.masked_fill(~self.valid, 0.0)
-            following = _scale_of(self.history.amax(-1), self.gain, self.scale)
+            following = scale_of(self.history.amax(-1), self.gain, self.scale)
             if self._any_current:
                 following = torch.where(self.current, scale, following)
         if self._fault_hit is not None:
@@ -248,7 +273,7 @@ class Scaling(nn.Module):
         if self._all_current or self._fault_hit is not None:
             return
         self.history = history.masked_fill(~self.valid, 0.0)
-        following = _scale_of(self.history.amax(-1), self.gain, otherwise)
+        following = scale_of(self.history.amax(-1), self.gain, otherwise)
         self.scale = torch.where(self.current, self.scale, following)
 
     def extra_repr(self) -> str:
@@ -258,7 +283,7 @@ class Scaling(nn.Module):
         return f"{self.fp8_format}, {recipe}{mixed}"
 
 
-def _scale_of(amax: Tensor, numerator: Tensor, otherwise: Tensor) -> Tensor:
+def scale_of(amax: Tensor, numerator: Tensor, otherwise: Tensor) -> Tensor:
     """The quotient numerator / amax; `otherwise` where amax is zero or not finite."""
     usable = (amax > 0) & amax.isfinite()
     largest = torch.finfo(torch.float32).max

@@ -103,7 +103,7 @@ def test_senseless_shards_are_refused(shard: str, app: typer.Typer, tmp_path: Pa
 
 def test_shard_of_other_runs_has_another_name(tmp_path: Path) -> None:
     def name(stack: Sequence[RunConfig]) -> str:
-        return sweep._Job.of(stack, tmp_path).path.name
+        return sweep.Job.of(stack, tmp_path).path.name
 
     assert name(_stack(1)) == name(_stack(1))
     changed = [replace(run, steps=7) for run in _stack(1)]

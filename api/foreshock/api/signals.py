@@ -18,7 +18,10 @@ from foreshock.monitor.record import TensorIdentity
 
 __all__ = [
     "EXTREMES",
+    "FLOORS",
+    "FOLDS",
     "FOLD_STATISTICS",
+    "LIMIT",
     "LOSS_SIGNALS",
     "SCALAR_SIGNALS",
     "SIGNALS",
@@ -71,11 +74,16 @@ _FOLDS: Final = (
     _Fold("rms", ("max", "median"), 1e-45),
     _Fold("amax", ("max", "median"), 1e-45),
 )
-_LIMIT: Final = 200.0
+LIMIT: Final = 200.0
+"""Logarithms and decibels are held within this and its negative."""
 _SIGNS: Final = np.array([-1.0 if "min" in fold.folds else 1.0 for fold in _FOLDS])[:, None]
 
 FOLD_STATISTICS: Final = tuple(fold.statistic for fold in _FOLDS)
 """The statistics that are folded over layers, in the order of `fold_statistics`' rows."""
+FOLDS: Final = tuple(fold.folds for fold in _FOLDS)
+"""How each of them is folded."""
+FLOORS: Final = tuple(fold.floor for fold in _FOLDS)
+"""What is added to each of them before its logarithm; None takes the value itself."""
 
 TENSOR_SIGNALS: Final = (
     "nonfinite_tensors",
@@ -195,7 +203,7 @@ def scalar_signals(scalars: Mapping[str, float]) -> FloatArray:
 
 
 def _log2_of(value: float, floor: float = 1e-45) -> float:
-    return min(max(float(np.log2(max(value, 0.0) + floor)), -_LIMIT), _LIMIT)
+    return min(max(float(np.log2(max(value, 0.0) + floor)), -LIMIT), LIMIT)
 
 
 def _measured(scalars: Mapping[str, Any], name: str) -> tuple[FloatArray, FloatArray]:
@@ -214,7 +222,7 @@ def _log2(values: FloatArray, floor: float = 1e-45) -> FloatArray:
     with np.errstate(invalid="ignore"):
         result = np.log2(np.maximum(values, 0.0) + floor)
     # As np.clip, at a part of its cost on small arrays.
-    return np.asarray(np.minimum(np.maximum(result, -_LIMIT), _LIMIT))
+    return np.asarray(np.minimum(np.maximum(result, -LIMIT), LIMIT))
 
 
 def _rows_of(identities: Sequence[TensorIdentity], role: str) -> npt.NDArray[np.intp]:
@@ -295,7 +303,7 @@ def fold_statistics(values: FloatArray) -> FloatArray:
             scaled[..., index, :] = _log2(column, fold.floor)
         else:
             # An exact cast has an infinite sqnr; a NaN stays what it is.
-            np.minimum(np.maximum(column, -_LIMIT), _LIMIT, out=scaled[..., index, :])
+            np.minimum(np.maximum(column, -LIMIT), LIMIT, out=scaled[..., index, :])
     return _fold_rows(scaled)
 
 

@@ -292,14 +292,20 @@ class ScheduleConfig:
     Attributes:
         warmup_steps: Linear from 0.
         decay_share: Share of all steps at the end that decay; 0 for none.
+        drop_at: From this step on the rate is multiplied by `drop_to`; 0 for never.
+        drop_to: By what.
     """
 
     warmup_steps: int = 50
     decay_share: float = 0.0
+    drop_at: int = later(0)
+    drop_to: float = later(1.0)
 
     def __post_init__(self) -> None:
         _require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; allowed: 0 or more")
         _require(0 <= self.decay_share <= 1, f"decay_share is {self.decay_share}; allowed: [0, 1]")
+        _require(self.drop_at >= 0, f"drop_at is {self.drop_at}; allowed: 0 or more")
+        _require(self.drop_to > 0, f"drop_to is {self.drop_to}; allowed: above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,9 +322,13 @@ class DataConfig:
             responses, and what is held out is text).
         column: Of a huggingface dataset, the one that holds text.
         tokenizer: For huggingface, a tokenizer.json; None takes bytes.
-        alternate: A second text that takes turns with the first: sotu, stdlib, or KIND:PATH such
-            as text:notes; None reads one text.
+        alternate: A second text that takes turns with the first: sotu, stdlib, docstrings (those
+            of the standard library), or KIND:PATH such as text:notes; None reads one text.
         alternate_every: Steps of one text before it is the other's turn.
+        switch_at: The second text takes over for good at this step, in place of turns; 0 for turns.
+        repeats: Each sequence stands in its batch so many times: gradients are those of a batch
+            smaller by this factor, in tensors of the same size.
+        repeats_until: Only before this step, so that the batch grows there; 0 for always.
         held_out: Share of the text that is kept for evaluation; which part depends on the text
             alone.
         micro_batches: Forward and backward passes per optimizer step and process, whose gradients
@@ -335,6 +345,9 @@ class DataConfig:
     alternate_every: int = later(100)
     held_out: float = later(0.0)
     micro_batches: int = later(1)
+    switch_at: int = later(0)
+    repeats: int = later(1)
+    repeats_until: int = later(0)
 
     def __post_init__(self) -> None:
         _require(self.sequence_length > 1, "sequence_length is below 2")
@@ -350,6 +363,15 @@ class DataConfig:
             f"alternate_every is {self.alternate_every}; allowed: 1 or more",
         )
         _require(0 <= self.held_out <= 0.5, f"held_out is {self.held_out}; allowed: [0, 0.5]")
+        _require(
+            self.switch_at >= 0 and (self.switch_at == 0 or self.alternate is not None),
+            f"switch_at is {self.switch_at}; allowed: 0, or a step where there is an alternate text",
+        )
+        _require(
+            self.repeats > 0 and self.batch_size % self.repeats == 0,
+            f"repeats is {self.repeats}; allowed: divisors of batch_size {self.batch_size}",
+        )
+        _require(self.repeats_until >= 0, "repeats_until is below 0; allowed: 0 or more")
         _require(
             self.micro_batches > 0 and self.batch_size % self.micro_batches == 0,
             f"micro_batches is {self.micro_batches}; allowed: divisors of batch_size "
@@ -420,6 +442,8 @@ class RunConfig:
         seed: Of initial weights and data order.
         fault: How the run is broken on purpose, if it is.
         tensor_every: Tensor statistics at every n-th step.
+        forget_optimizer_at: The moments of the optimizer are lost before this step, as in a restart
+            from weights alone; 0 for never.
         states: Formats of gradients, optimizer states and weights: FP8-LM's levels.
         communication: How FP8 gradients of several processes are summed.
         initial: Checkpoint of one process whose weights the run begins with, such as a text
@@ -436,6 +460,7 @@ class RunConfig:
     seed: int = 0
     fault: Fault | None = None
     tensor_every: int = 4
+    forget_optimizer_at: int = later(0)
     states: StatesConfig = later(StatesConfig())
     communication: CommunicationConfig = later(CommunicationConfig())
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
@@ -448,6 +473,11 @@ class RunConfig:
             "evaluation.every needs data.held_out: the share of the text to keep for it",
         )
         _require(self.steps > 0, f"steps is {self.steps}; allowed: 1 or more")
+        _require(
+            self.forget_optimizer_at >= 0
+            and (self.forget_optimizer_at == 0 or self.states.level == "O0"),
+            "forget_optimizer_at is 0, or a step of a run whose states.level is O0",
+        )
         _require(self.tensor_every > 0, f"tensor_every is {self.tensor_every}; allowed: 1 or more")
 
     def as_dict(self) -> dict[str, object]:

@@ -16,7 +16,16 @@ from foreshock.trainer import sources
 from foreshock.trainer.config import DataConfig
 from foreshock.trainer.faults import BadBatch, Fault
 
-__all__ = ["Corpus", "batch", "corpus_of", "held_out_batch", "load_corpus"]
+__all__ = [
+    "Corpus",
+    "batch",
+    "broken_batch",
+    "corpus_of",
+    "held_out_batch",
+    "load_corpus",
+    "sequence_starts",
+    "text_at",
+]
 
 _BAD_BATCH_STREAM: Final = 1 << 32
 _HELD_OUT_STREAM: Final = 1 << 33
@@ -67,10 +76,10 @@ def corpus_of(config: DataConfig) -> Corpus:
     kind, _, path = config.alternate.partition(":")
     if kind == "stdlib":
         kind, path = "text", ""
-    elif kind not in ("sotu",) and not path:
+    elif kind not in ("sotu", "docstrings") and not path:
         raise ValueError(
-            f"data.alternate is {config.alternate!r}; allowed: sotu, stdlib, text:FOLDER, "
-            "tokens:FILE, huggingface:FOLDER"
+            f"data.alternate is {config.alternate!r}; allowed: sotu, stdlib, docstrings, "
+            "text:FOLDER, tokens:FILE, huggingface:FOLDER"
         )
     second = _source(config, kind, path or None)
     return replace(first, other=second, sha256=f"{first.sha256}+{second.sha256}")
@@ -79,6 +88,8 @@ def corpus_of(config: DataConfig) -> Corpus:
 def _source(config: DataConfig, kind: str, path: str | None) -> Corpus:
     if kind == "sotu":
         return _corpus(sources.sotu())
+    if kind == "docstrings":
+        return _corpus(sources.docstrings())
     if kind == "text":
         return load_corpus(path)
     if kind == "instructions":
@@ -114,13 +125,45 @@ def batch(
     Raises:
         ValueError: The text is shorter than one sequence.
     """
-    if corpus.other is not None and step // config.alternate_every % 2:
-        corpus = corpus.other
-    random = _generator(seed, step)
-    tokens = _drawn(corpus, config, _training_spans(corpus, config.held_out), random)
+    text = text_at(corpus, config, step)
+    starts = sequence_starts(text, config, seed, step)
+    places = torch.from_numpy(starts)[:, None] + torch.arange(config.sequence_length + 1)
+    tokens = _take(text.tokens, places)
     if isinstance(fault, BadBatch) and fault.active(step):
-        return _broken(tokens, fault, _generator(seed, step + _BAD_BATCH_STREAM))
+        return broken_batch(tokens, fault, seed, step)
     return tokens
+
+
+def text_at(corpus: Corpus, config: DataConfig, step: int) -> Corpus:
+    """Which of two texts a step reads."""
+    if corpus.other is None:
+        return corpus
+    if config.switch_at:
+        return corpus.other if step >= config.switch_at else corpus
+    return corpus.other if step // config.alternate_every % 2 else corpus
+
+
+def sequence_starts(
+    text: Corpus, config: DataConfig, seed: int, step: int
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Where the sequences of a step begin in the text it reads, int64 (batch_size,).
+
+    Raises:
+        ValueError: The text is shorter than one sequence.
+    """
+    spans = _training_spans(text, config.held_out)
+    starts = _starts(text, config, spans, _generator(seed, step))
+    if config.repeats > 1 and (config.repeats_until == 0 or step < config.repeats_until):
+        kept = starts[: config.batch_size // config.repeats]
+        starts = np.tile(kept, config.repeats)
+    return starts
+
+
+def broken_batch(
+    tokens: torch.Tensor, fault: BadBatch, seed: int, step: int
+) -> torch.Tensor:
+    """What a fault leaves of a batch, shape kept."""
+    return _broken(tokens, fault, _generator(seed, step + _BAD_BATCH_STREAM))
 
 
 def held_out_batch(corpus: Corpus, config: DataConfig, number: int) -> torch.Tensor:
@@ -149,6 +192,13 @@ def _drawn(
         spans: First token and end of each, int64, shape (spans, 2).
         random: Decides.
     """
+    starts = torch.from_numpy(_starts(corpus, config, spans, random))
+    return _take(corpus.tokens, starts[:, None] + torch.arange(config.sequence_length + 1))
+
+
+def _starts(
+    corpus: Corpus, config: DataConfig, spans: np.ndarray, random: np.random.Generator
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     length = config.sequence_length + 1
     places = np.maximum(spans[:, 1] - spans[:, 0] - length + 1, 0)
     before = np.concatenate(([0], np.cumsum(places)))
@@ -159,8 +209,8 @@ def _drawn(
         )
     drawn = random.integers(0, int(before[-1]), config.batch_size)
     span = np.searchsorted(before, drawn, side="right") - 1
-    starts = torch.from_numpy(spans[span, 0] + drawn - before[span])
-    return _take(corpus.tokens, starts[:, None] + torch.arange(length))
+    starts: np.ndarray[tuple[int], np.dtype[np.int64]] = spans[span, 0] + drawn - before[span]
+    return starts
 
 
 def _take(tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ linears ask it; nothing in a record says that there was one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 __all__ = ["BadBatch", "Fault", "LearningRateRamp", "OutlierRamp", "ScaleFault"]
@@ -27,11 +27,17 @@ def _grown(growth: float, steps: int, limit: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearningRateRamp:
-    """From `start` on, the learning rate grows by `factor` a step, to at most `limit` times."""
+    """From `start` on, the learning rate grows by `factor` a step, to at most `limit` times.
+
+    Attributes:
+        until: From this step on it is again what the schedule says; 0 for never.
+    """
 
     start: int
     factor: float = 1.03
     limit: float = 1e4
+    # As `config.later`: no part of a fingerprint while at its default.
+    until: int = field(default=0, metadata={"later": True})
 
     def __post_init__(self) -> None:
         _check_growth("factor", self.factor)
@@ -39,7 +45,7 @@ class LearningRateRamp:
 
     def multiplier(self, step: int) -> float:
         """What the schedule's learning rate is multiplied by at `step`."""
-        if step < self.start:
+        if step < self.start or 0 < self.until <= step:
             return 1.0
         return _grown(self.factor, step - self.start + 1, self.limit)
 

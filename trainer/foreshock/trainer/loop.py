@@ -281,6 +281,8 @@ class _Run:
         began = time.perf_counter()
         config, trainee = self.config, self.trainee
         rate = learning_rate(config, step)
+        if config.forget_optimizer_at and step == config.forget_optimizer_at:
+            trainee.optimizer.state.clear()
         set_learning_rate(trainee.optimizer, rate)
         parts = parts_of(
             self.task.batch(step + self.skipped), self.world, config.data.micro_batches

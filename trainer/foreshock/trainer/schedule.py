@@ -27,6 +27,8 @@ def learning_rate(config: RunConfig, step: int) -> float:
     into_decay = step - (config.steps - decay_steps)
     if decay_steps and into_decay > 0:
         rate *= 1 - math.sqrt(min(1.0, into_decay / decay_steps))
+    if schedule.drop_at and step >= schedule.drop_at:
+        rate *= schedule.drop_to
     if isinstance(config.fault, LearningRateRamp):
         rate *= config.fault.multiplier(step)
     return rate

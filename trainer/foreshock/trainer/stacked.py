@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foreshock.monitor.record import StatisticColumns, TensorIdentity
-from foreshock.trainer.config import RunConfig
+from foreshock.trainer.config import DataConfig, RunConfig
 from foreshock.trainer.data import Corpus, batch, corpus_of
 from foreshock.trainer.faults import BadBatch
 from foreshock.trainer.model import Decoder
@@ -24,7 +24,7 @@ from foreshock.trainer.schedule import learning_rate
 from foreshock.trainer.stacked_optimizer import StackedAdamW
 from foreshock.trainer.stacked_statistics import StackStatistics
 
-__all__ = ["StackStep", "train_stack"]
+__all__ = ["StackStep", "check_alike", "stacked_model", "train_stack"]
 
 Scalars = dict[str, "np.ndarray[Any, np.dtype[np.float64]]"]
 
@@ -69,18 +69,35 @@ def train_stack(
     Raises:
         ValueError: The runs do not fit into one stack, or the text does not fit the model.
     """
-    _check_alike(configs)
+    check_alike(configs)
     stack = _Stack(configs, corpus or corpus_of(configs[0].data), torch.device(device))
     return (stack.step(step) for step in range(configs[0].steps))
 
 
-def _check_alike(configs: Sequence[RunConfig]) -> None:
+def check_alike(configs: Sequence[RunConfig], *, texts: bool = True) -> None:
+    """Raise a ValueError unless the runs fit into one stack.
+
+    Args:
+        configs: The runs.
+        texts: They must read the same text in the same way, too.
+    """
     if not configs:
         raise ValueError("a stack needs at least one run")
     for name in ("model", "data", "steps", "tensor_every"):
-        values = {getattr(config, name) for config in configs}
+        values = {_shape(getattr(config, name), texts) for config in configs}
         if len(values) > 1:
             raise ValueError(f"runs of one stack share {name}; these have {len(values)} different")
+    if any(config.states.level != "O0" for config in configs):
+        raise ValueError("a stack keeps float32 states: states.level is O0; train alone for O1")
+    if any(c.initial or c.data.source == "instructions" for c in configs):
+        raise ValueError("a stack trains on text from drawn weights; fine-tune each run alone")
+
+
+def _shape(part: object, texts: bool) -> object:
+    """What of a part the runs share: of the data perhaps only its sizes."""
+    if isinstance(part, DataConfig) and not texts:
+        return part.batch_size, part.sequence_length
+    return part
 
 
 class _Stack:
@@ -88,11 +105,9 @@ class _Stack:
         self.configs, self.corpus, self.device = tuple(configs), corpus, device
         if int(corpus.tokens.numpy().max()) >= configs[0].model.vocabulary:
             raise ValueError(f"{corpus.name} holds bytes that model.vocabulary does not reach")
-        if any(config.states.level != "O0" for config in configs):
-            raise ValueError("a stack keeps float32 states: states.level is O0; train alone for O1")
-        if any(c.initial or c.data.source == "instructions" for c in configs):
-            raise ValueError("a stack trains on text from drawn weights; fine-tune each run alone")
-        self.model = _stacked_model(configs).to(device)
+        if any(config.forget_optimizer_at for config in configs):
+            raise ValueError("forget_optimizer_at: `train_windows` stacks such runs")
+        self.model = stacked_model(configs).to(device)
         self.optimizer = StackedAdamW(self.model, [config.optimizer for config in configs])
         self.statistics = StackStatistics(self.model, [config.precision for config in configs])
         self.faults = tuple(config.fault for config in configs)
@@ -127,7 +142,7 @@ class _Stack:
         return torch.tensor(gains, device=self.device)
 
 
-def _stacked_model(configs: Sequence[RunConfig]) -> Decoder:
+def stacked_model(configs: Sequence[RunConfig]) -> Decoder:
     """A stack in which each model has the initial weights that its run has alone."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         stack = Decoder(

@@ -70,6 +70,33 @@ class StackedAdamW:
         self._flat.add_(update)
         return grad_norm[:, 0], _norm(self._flat)[:, 0], (_norm(update) / before)[:, 0]
 
+    def bias_corrections(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - beta^t of both moments, float64 (steps, E), for t (steps, E) steps taken."""
+        beta1, beta2 = self._beta1.cpu()[:, 0], self._beta2.cpu()[:, 0]
+        return 1 - beta1**steps, 1 - beta2**steps
+
+    @torch.no_grad()
+    def step_on_device(
+        self, rates: Tensor, first: Tensor, second: Tensor, kept: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `step`, with all that depends on the step on the device: fit for a CUDA graph.
+
+        Args:
+            rates: Learning rates, float64 (E,).
+            first: `bias_corrections` of the first moment, float64 (E,).
+            second: Those of the second.
+            kept: What the moments are multiplied by before the step: 0 forgets them; float32 (E,).
+        """
+        gradient = self._take_gradient()
+        grad_norm = _norm(gradient)
+        gradient.mul_(self._clip_factor(grad_norm))
+        before = _norm(self._flat)
+        self._exp_avg.mul_(kept[:, None])
+        self._exp_avg_sq.mul_(kept[:, None])
+        update = self._change(gradient, rates[:, None], first[:, None], second[:, None])
+        self._flat.add_(update)
+        return grad_norm[:, 0], _norm(self._flat)[:, 0], (_norm(update) / before)[:, 0]
+
     def _take_gradient(self) -> Tensor:
         """(E, parameters of one model)."""
         rows = self._flat.shape[0]
@@ -90,6 +117,9 @@ class StackedAdamW:
         self._steps += 1
         first = 1 - self._beta1**self._steps
         second = 1 - self._beta2**self._steps
+        return self._change(gradient, rate, first, second)
+
+    def _change(self, gradient: Tensor, rate: Tensor, first: Tensor, second: Tensor) -> Tensor:
         self._exp_avg.lerp_(gradient, (1 - self._beta1).float().expand_as(gradient))
         weighted = gradient.square_().mul_((1 - self._beta2).float())
         self._exp_avg_sq.mul_(self._beta2.float()).add_(weighted)

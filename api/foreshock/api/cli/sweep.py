@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +24,14 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from foreshock.api.cli import extras
+from foreshock.trainer.corpus_plan import PlannedRun, corpus_plan
 from foreshock.trainer.recipes import corpus
 
 if TYPE_CHECKING:
     from foreshock.trainer.config import RunConfig
     from foreshock.trainer.faults import Fault
 
-__all__ = ["register", "sweep_stack", "write_index"]
+__all__ = ["Job", "register", "sweep_stack", "sweep_windows", "train_all", "write_index"]
 
 _RUNS_KEY: Final = b"foreshock.runs"
 
@@ -48,12 +49,27 @@ def sweep(
     shard: Annotated[str, typer.Option(help="I/N: only every N-th stack, from the I-th.")] = "0/1",
     processes: Annotated[int, typer.Option(min=0, help="0: one per core.")] = 0,
     stack: Annotated[int, typer.Option(min=1, max=256, help="Runs trained as one.")] = 16,
+    plan: Annotated[str, typer.Option(help="v1 or v2: docs/corpus.md.")] = "v1",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or several such as cuda:0,cuda:1.")
+    ] = "cpu",
+    scale: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Of v2: shrink widths and lengths.")
+    ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Only a JSON line at the end.")] = False,
 ) -> None:
     """Train healthy runs, natural failures and faults, many as one, for `foreshock fit`."""
     extras.require("trainer", "api")
     index, every = _parse_shard(shard)
-    jobs = [_Job.of(configs, out) for configs in corpus(seed, runs, models_per_stack=stack)]
+    devices = tuple(device.split(","))
+    if plan == "v2":
+        planned = corpus_plan(seed, -(-runs // stack), models_per_stack=stack, scale=scale)
+        jobs = [Job.planned(stack_of, out) for stack_of in planned]
+    elif plan == "v1":
+        stacks = corpus(seed, runs, models_per_stack=stack)
+        jobs = [Job.of(configs, out) for configs in stacks]
+    else:
+        raise typer.BadParameter(f"plan is {plan!r}; allowed: v1, v2")
     jobs = jobs[index::every]
     waiting = [job for job in jobs if not job.path.exists()]
     deadline = time.monotonic() + 60 * minutes
@@ -67,7 +83,8 @@ def sweep(
         disable=as_json,
     ) as progress:
         task = progress.add_task("sweep", total=len(jobs), completed=len(jobs) - len(waiting))
-        for _ in _train_all(waiting, deadline, processes or os.cpu_count() or 1):
+        count = processes or _processes(devices)
+        for _ in train_all(waiting, deadline, processes=count, devices=devices):
             progress.advance(task)
     trained = write_index(out)
     left = sum(not job.path.exists() for job in jobs)
@@ -88,43 +105,136 @@ def _parse_shard(text: str) -> tuple[int, int]:
     return index, every
 
 
+def _processes(devices: Sequence[str]) -> int:
+    return (os.cpu_count() or 1) if devices == ("cpu",) else 2 * len(devices)
+
+
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """One stack and the shard that it becomes; the name holds a digest of all its runs."""
+class Job:
+    """One stack and the shard that it becomes; the name holds a digest of all its runs.
+
+    Attributes:
+        configs: The runs.
+        path: Of the shard.
+        lines: The runs' lines of `runs.jsonl`.
+        windowed: Train by windows of steps, which any device does, and the plan's runs need.
+    """
 
     configs: tuple[RunConfig, ...]
     path: Path
+    lines: tuple[dict[str, object], ...]
+    windowed: bool = False
 
     @classmethod
-    def of(cls, configs: Sequence[RunConfig], out: Path) -> _Job:
-        prints = "".join(config.fingerprint() for config in configs)
-        digest = hashlib.sha256(prints.encode()).hexdigest()[:10]
-        return cls(tuple(configs), out / "shards" / f"{_group(configs[0])}-{digest}.parquet")
+    def of(cls, configs: Sequence[RunConfig], out: Path) -> Job:
+        """A stack of the first plan."""
+        lines = tuple(_describe(config) for config in configs)
+        return cls(tuple(configs), _path(configs, out), lines)
+
+    @classmethod
+    def planned(cls, runs: Sequence[PlannedRun], out: Path) -> Job:
+        """A stack of the second plan."""
+        configs = tuple(run.config for run in runs)
+        lines = tuple(_describe_planned(run) for run in runs)
+        return cls(configs, _path(configs, out), lines, True)
+
+
+def _path(configs: Sequence[RunConfig], out: Path) -> Path:
+    prints = "".join(config.fingerprint() for config in configs)
+    digest = hashlib.sha256(prints.encode()).hexdigest()[:10]
+    return out / "shards" / f"{_group(configs[0])}-{digest}.parquet"
 
 
 def _group(config: RunConfig) -> str:
     return config.name.rpartition("-")[0]
 
 
-def _train_all(jobs: Sequence[_Job], deadline: float, processes: int) -> Iterator[_Job]:
-    """Train the stacks; start none that, going by the slowest so far, would end too late."""
+def train_all(
+    jobs: Sequence[Job], deadline: float, *, processes: int, devices: Sequence[str] = ("cpu",)
+) -> Iterator[Job]:
+    """Train the stacks; start none that, going by the slowest so far, would end too late.
+
+    Args:
+        jobs: The stacks, in the order in which they are started.
+        deadline: `time.monotonic()` after which nothing goes on.
+        processes: How many train at once.
+        devices: Where; processes take turns with them.
+
+    Yields:
+        Stacks whose shard is whole.
+    """
     context = multiprocessing.get_context("spawn")
     slowest = 0.0
     left = list(reversed(jobs))
-    running: dict[Future[float], _Job] = {}
+    running: dict[Future[float], Job] = {}
+    load = dict.fromkeys(devices, 0)
+    placed: dict[Future[float], str] = {}
     with ProcessPoolExecutor(max_workers=processes, mp_context=context) as pool:
         while left or running:
             while left and len(running) < processes and time.monotonic() + slowest < deadline:
                 job = left.pop()
-                running[pool.submit(sweep_stack, job.configs, job.path, deadline)] = job
+                device = min(load, key=lambda name: load[name])
+                future = pool.submit(_train, job, deadline, device)
+                running[future], placed[future] = job, device
+                load[device] += 1
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 slowest = max(slowest, future.result())
                 job = running.pop(future)
+                load[placed.pop(future)] -= 1
                 if job.path.exists():
                     yield job
+
+
+def _train(job: Job, deadline: float, device: str) -> float:
+    if job.windowed or device != "cpu":
+        return sweep_windows(job, deadline, device)
+    return sweep_stack(job.configs, job.path, deadline)
+
+
+def sweep_windows(
+    job: Job, deadline: float, device: str, on_steps: Callable[[int], None] | None = None
+) -> float:
+    """As `sweep_stack`, window by window, on any device.
+
+    Args:
+        job: The stack.
+        deadline: `time.monotonic()` after which the stack is given up.
+        device: Where to train.
+        on_steps: Told how many model-steps every window came to.
+
+    Returns:
+        Seconds that it took; also where the stack failed, which is printed and leaves no shard.
+    """
+    import torch
+
+    from foreshock.api.cli.device_signals import fold_on_device, signals_of
+    from foreshock.api.signals import SIGNALS, TENSOR_SIGNALS
+    from foreshock.trainer.stacked_device import train_windows
+
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    signals, losses = [], []
+    try:
+        for window in train_windows(
+            job.configs, fold=fold_on_device, folded=len(TENSOR_SIGNALS), device=device
+        ):
+            some, loss = signals_of(window)
+            signals.append(some)
+            losses.append(loss)
+            if on_steps is not None:
+                on_steps(loss.size)
+            if time.monotonic() > deadline:
+                return time.monotonic() - began
+    except (RuntimeError, ValueError) as error:
+        # One stack that does not fit the device is no reason to lose the others.
+        typer.echo(f"{job.path.name}: {type(error).__name__}: {error}", err=True)
+        return time.monotonic() - began
+    table = _table(job.configs, np.concatenate(signals), np.concatenate(losses), SIGNALS, job.lines)
+    _write(table, job.path)
+    return time.monotonic() - began
 
 
 def sweep_stack(configs: Sequence[RunConfig], path: Path, deadline: float) -> float:
@@ -152,11 +262,15 @@ def sweep_stack(configs: Sequence[RunConfig], path: Path, deadline: float) -> fl
         losses[step.step] = step.scalars["loss"]
         if time.monotonic() > deadline:
             return time.monotonic() - began
-    table = _table(configs, signals, losses, SIGNALS)
+    lines = [_describe(config) for config in configs]
+    _write(_table(configs, signals, losses, SIGNALS, lines), path)
+    return time.monotonic() - began
+
+
+def _write(table: pa.Table, path: Path) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.part")
     pq.write_table(table, unfinished, compression="zstd")
     os.replace(unfinished, path)
-    return time.monotonic() - began
 
 
 def _table(
@@ -164,6 +278,7 @@ def _table(
     signals: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
     losses: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
     names: Sequence[str],
+    lines: Sequence[dict[str, object]],
 ) -> pa.Table:
     """Rows run by run: run, step, raw_loss (NaN and infinities as they came), every signal."""
     steps = signals.shape[0]
@@ -174,7 +289,7 @@ def _table(
     }
     for index, name in enumerate(names):
         columns[name] = pa.array(signals[:, :, index].T.reshape(-1))
-    runs = json.dumps([_describe(config) for config in configs])
+    runs = json.dumps(list(lines))
     return pa.table(columns).replace_schema_metadata({_RUNS_KEY: runs.encode()})
 
 
@@ -188,6 +303,25 @@ def _describe(config: RunConfig) -> dict[str, object]:
         "group": _group(config),
         "config": settings,
         "truth": None if config.fault is None else _truth(config.fault),
+    }
+
+
+def _describe_planned(run: PlannedRun) -> dict[str, object]:
+    """As `_describe`, with what the plan knows."""
+    model, fault = run.config.model, run.config.fault
+    return {
+        **_describe(run.config),
+        "group": run.group,
+        "architecture": model.architecture,
+        "width": model.width,
+        "layers": model.layers,
+        "recipe": run.recipe,
+        "kind": run.kind,
+        "hard": run.hard,
+        "fault_family": None if fault is None else type(fault).__name__,
+        "planned_events": [{"step": step, "kind": kind} for step, kind in run.events],
+        "twin": run.twin,
+        "split": run.split,
     }
 
 

@@ -365,7 +365,7 @@ class DataConfig:
         _require(0 <= self.held_out <= 0.5, f"held_out is {self.held_out}; allowed: [0, 0.5]")
         _require(
             self.switch_at >= 0 and (self.switch_at == 0 or self.alternate is not None),
-            f"switch_at is {self.switch_at}; allowed: 0, or a step where there is an alternate text",
+            f"switch_at is {self.switch_at}; allowed: 0, or a step if there is an alternate",
         )
         _require(
             self.repeats > 0 and self.batch_size % self.repeats == 0,

@@ -1,4 +1,4 @@
-"""The second plan of a corpus: more architectures, recipes and failures, and healthy runs that fool.
+"""The second plan of a corpus: more architectures, recipes, failures, and healthy runs that fool.
 
 `recipes.corpus` is the first, and stays as it is: its fingerprints name the shipped forecaster's
 data. Here natural failures come first in number; what looks like trouble and is none (data switch,
@@ -197,6 +197,9 @@ def _stack(
     slow = flavour in ("mx", "nv", "dpa")
     steps = int(random.integers(100, 141 if slow or wide else 201)) * 10
     every = int(_pick((1, 2, 4), random)) if not slow else int(_pick((2, 4), random))
+    if scale < 1:
+        # Small runs are trained on processors, where statistics cost more than a step.
+        every = int(_pick((2, 4, 4, 8), random))
     common = RunConfig(
         name=f"v2-{seed}-{number:03d}",
         model=ModelConfig(architecture=architecture, width=width, layers=4, heads=heads),
@@ -278,9 +281,7 @@ def _twin(run: PlannedRun, name: str) -> PlannedRun:
         data=replace(run.config.data, switch_at=0, alternate=None, repeats=1, repeats_until=0),
         schedule=replace(run.config.schedule, drop_at=0, drop_to=1.0),
     )
-    return replace(
-        run, config=config, kind="healthy", hard=None, events=(), twin=run.config.name
-    )
+    return replace(run, config=config, kind="healthy", hard=None, events=(), twin=run.config.name)
 
 
 def _kinds(size: int, random: np.random.Generator) -> list[Kind]:

@@ -159,9 +159,7 @@ def sequence_starts(
     return starts
 
 
-def broken_batch(
-    tokens: torch.Tensor, fault: BadBatch, seed: int, step: int
-) -> torch.Tensor:
+def broken_batch(tokens: torch.Tensor, fault: BadBatch, seed: int, step: int) -> torch.Tensor:
     """What a fault leaves of a batch, shape kept."""
     return _broken(tokens, fault, _generator(seed, step + _BAD_BATCH_STREAM))
 

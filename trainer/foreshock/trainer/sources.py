@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path

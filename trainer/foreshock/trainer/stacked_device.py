@@ -7,6 +7,7 @@ captured as a graph after a few steps, so that no Python runs between kernels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -43,6 +44,7 @@ SCALARS: Final = ("loss", "grad_norm", "param_norm", "update_ratio")
 
 _RATE_ROWS: Final = ("rate", "first", "second", "kept")
 _EAGER_STEPS: Final = 4
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,11 @@ def _digest(text: Corpus) -> str:
     return text.sha256.partition("+")[0]
 
 
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    made: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return made
+
+
 class _DeviceStack:
     def __init__(
         self,
@@ -177,7 +184,7 @@ class _DeviceStack:
         self.signals = torch.zeros(self.length, models, folded, device=device)
         self.wants_graph = graph and device.type == "cuda"
         self.graphs: dict[bool, Any] = {}
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = _stream(device) if device.type == "cuda" else None
 
     def windows(self) -> Iterator[StackWindow]:
         steps = self.configs[0].steps
@@ -231,7 +238,7 @@ class _DeviceStack:
             self.wants_graph = False
             self.graphs.clear()
             torch.cuda.synchronize(self.device)
-            print(f"no CUDA graph: {error}", flush=True)
+            _log.warning("no CUDA graph, steps go on without: %s", error)
             return
         self.graphs[measured] = graph
 
@@ -244,7 +251,7 @@ class _DeviceStack:
         self.statistics.start(measured)
         losses = self.model(tokens[..., :-1], tokens[..., 1:])
         total = torch.sum(losses * faults[0].float())
-        total.backward()
+        torch.autograd.backward(total)
         self.scales.advance()
         if measured:
             folded = self.fold(self.statistics.take())

@@ -45,8 +45,7 @@ _SUMS: Final = 11
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One operand of one layer: its format and where its scale is; None without a scale per
-    tensor."""
+    """One operand of one layer: its format and its scale, None without one per tensor."""
 
     format: str
     scaling: Scaling | None

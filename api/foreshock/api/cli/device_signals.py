@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from foreshock.trainer.stacked_device import SCALARS, StackWindow
 from foreshock.trainer.stacked_sums import STATISTICS
 
 __all__ = ["fold_on_device", "signals_of"]
+
+FloatArray = npt.NDArray[np.float32]
 
 
 def fold_on_device(identities: Sequence[TensorIdentity]) -> Callable[[Tensor], Tensor]:
@@ -85,7 +88,7 @@ def _folded(values: Tensor) -> Tensor:
 
 def signals_of(
     window: StackWindow,
-) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+) -> tuple[FloatArray, FloatArray]:
     """Signals (steps, E, len(SIGNALS)) and losses as they came (steps, E) of a window."""
     named = {name: window.scalars[:, index] for index, name in enumerate(SCALARS)}
     scalars = summarise(None, None, named)[..., : len(SIGNALS) - len(TENSOR_SIGNALS)]

@@ -118,12 +118,14 @@ class Job:
         path: Of the shard.
         lines: The runs' lines of `runs.jsonl`.
         windowed: Train by windows of steps, which any device does, and the plan's runs need.
+        graph: On CUDA, by a captured graph.
     """
 
     configs: tuple[RunConfig, ...]
     path: Path
     lines: tuple[dict[str, object], ...]
     windowed: bool = False
+    graph: bool = True
 
     @classmethod
     def of(cls, configs: Sequence[RunConfig], out: Path) -> Job:
@@ -219,7 +221,11 @@ def sweep_windows(
     signals, losses = [], []
     try:
         for window in train_windows(
-            job.configs, fold=fold_on_device, folded=len(TENSOR_SIGNALS), device=device
+            job.configs,
+            fold=fold_on_device,
+            folded=len(TENSOR_SIGNALS),
+            device=device,
+            graph=job.graph,
         ):
             some, loss = signals_of(window)
             signals.append(some)

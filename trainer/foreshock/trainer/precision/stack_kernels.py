@@ -1,7 +1,7 @@
 """Triton kernels for a stack of models on a CUDA device: casts, extremes and sums, one model apart.
 
-Tensors are (E, ...), each model's part in one piece; each model has its own scale. Casts and extremes are bit
-for bit those of `cast.py` and `scaling.py`; sums agree with
+Tensors are (E, ...), each model's part in one piece; each model has its own scale. Casts and
+extremes are bit for bit those of `cast.py` and `scaling.py`; sums agree with
 `foreshock.monitor.statistics` to about 1e-6. Imported only where Triton is (`stack_kernels_for`).
 """
 
@@ -237,7 +237,7 @@ def amax_per_model(x: Tensor) -> Tensor:
 
 
 def cast_per_model(x: Tensor, scale: Tensor, fp8_format: str) -> Tensor:
-    """x times scale, saturated and rounded to FP8 numbers, in bfloat16; x (E, ...), scale (E,)."""
+    """X times scale, saturated and rounded to FP8 numbers, in bfloat16; x (E, ...), scale (E,)."""
     number, models = FORMATS[fp8_format], x.shape[0]
     each = x.numel() // models
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
@@ -256,7 +256,7 @@ def cast_per_model(x: Tensor, scale: Tensor, fp8_format: str) -> Tensor:
 
 
 def rescaled_per_model(x: Tensor, factor: Tensor) -> Tensor:
-    """x (E, ...) in float32 times factor (E,)."""
+    """X (E, ...) in float32 times factor (E,)."""
     models = x.shape[0]
     each = x.numel() // models
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)

@@ -128,7 +128,7 @@ class Collector(ops.Receiver):
         self._slots: dict[tuple[str, str, str, int, str | None, bool], Slot] = {}
         # By layer, role and call, with the operand or the codes' format: see `_wait_again`.
         self._known: dict[tuple[str, str, int], tuple[object, Known]] = {}
-        self._quick = False
+        self._quick = self._in_graph = False
         self._stack = BatchedSums()
         self._taken = Taken()
         self._waiting: list[Entry] = []
@@ -176,7 +176,12 @@ class Collector(ops.Receiver):
         layer, role = self._keys[key]
         if role == "weight" and not self.weighs(layer):
             return
-        self.observe(layer, role, x, _operand(code, scale))
+        # What a compiled graph made may be its own memory, which nobody else may keep.
+        self._in_graph = True
+        try:
+            self.observe(layer, role, x, _operand(code, scale))
+        finally:
+            self._in_graph = False
 
     def weighs(self, layer: str) -> bool:
         """Whether the layer's weight is still to be measured in this step; asked once."""
@@ -262,7 +267,7 @@ class Collector(ops.Receiver):
         scale: torch.Tensor | None,
     ) -> bool:
         """The shortest way: a tensor that is like the last one at its place, and may wait."""
-        if not self._quick:
+        if not self._quick or self._in_graph:
             return False
         found = self._known.get(place)
         if found is None or found[0] is not how or type(x) not in PLAIN or self._rows is None:
@@ -309,6 +314,7 @@ class Collector(ops.Receiver):
             slot = self._slots[key] = self._rows.slot(entry)
         # Without a scale there is none that could change.
         later = self.lasting or (operand.scale is None and not x.is_inference())
+        later = later and not self._in_graph
         known = self._rows.add(slot, x, operand.scale, recording=recording, later=later)
         if known is not None and source is None:
             self._known[layer, role, call_index] = operand, known

@@ -209,8 +209,9 @@ class _DeviceStack:
             self._step(step)
         return StackWindow(
             steps.start,
-            self.scalars[: len(steps)].cpu().numpy(),
-            self.signals[: len(steps)].cpu().numpy(),
+            # Copies: on a CPU it would be the very memory that the next window fills.
+            self.scalars[: len(steps)].cpu().numpy().copy(),
+            self.signals[: len(steps)].cpu().numpy().copy(),
             bool(self.graphs),
         )
 

@@ -227,7 +227,7 @@ def test_the_loop_trains_on_a_device_as_on_a_cpu(backend: str) -> None:
             model=ModelConfig(architecture="fog_max", width=64, layers=2, heads=2),
             precision=PrecisionConfig(backend=emulated),  # type: ignore[arg-type]
             data=DataConfig(sequence_length=64, batch_size=4, micro_batches=2),
-            execution=ExecutionConfig(device=device),  # type: ignore[arg-type]
+            execution=ExecutionConfig(device=device),
             steps=5,
         )
         found[device] = [step.loss for step in train(config, corpus=noise()).steps]

@@ -29,8 +29,8 @@ from foreshock.api.signals import SIGNALS, TENSOR_SIGNALS
 LARGEST = 60_000.0
 SPARE_BITS = 2
 """Of float16's ten: a thousandth of a value tells a forecast nothing, and noise does not pack."""
-RUNS_PER_SHARD = 64
-MOST_SHARDS = 6
+FIRST_SHARD = 64
+MOST_SHARDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,17 +184,20 @@ def main() -> None:
     text = json.dumps(summary(runs), indent=1)
     (options.out / "corpus_summary.json").write_text(text + "\n")
     print(text, flush=True)
-    folder = options.out / "corpus"
+    extract(runs, options.out / "corpus", options)
+
+
+def extract(runs: list[Run], folder: Path, options: argparse.Namespace) -> None:
+    """Write shards until the size is reached; the first tells how large a run comes out."""
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     budget = options.megabytes * 1e6
-    written, lines, waiting = 0, [], []
+    written, lines = 0, list[str]()
     order = in_turn(runs, options.seed)
-    shards = 0
-    while shards < MOST_SHARDS:
-        waiting = []
+    for shard in range(MOST_SHARDS):
         per_run = written / len(lines) if lines else 45_000.0
-        room = min(RUNS_PER_SHARD if not lines else 10**6, int((budget - written) / per_run))
-        share = -(-room // (MOST_SHARDS - shards)) if lines else room
+        room = int((budget - written) / per_run)
+        share = -(-room // (MOST_SHARDS - shard)) if lines else min(FIRST_SHARD, room)
+        waiting = list[Run]()
         for pair in order:
             waiting += pair
             if len(waiting) >= share:
@@ -202,13 +205,12 @@ def main() -> None:
         if not waiting or room < 1:
             break
         tables = _read_all(waiting, options.every)
-        written += write(tables, folder / "shards" / f"extract-{shards}.parquet")
+        written += write(tables, folder / "shards" / f"extract-{shard}.parquet")
         for run in waiting:
             lines.append(json.dumps(run.line | {"extract_every": options.every}))
             written += len(lines[-1]) + 1
-        shards += 1
         (folder / "runs.jsonl").write_text("".join(f"{line}\n" for line in lines))
-        print(f"{len(lines)} runs, {written / 1e6:.1f} MB in {shards} shards", flush=True)
+        print(f"{len(lines)} runs, {written / 1e6:.1f} MB in {shard + 1} shards", flush=True)
 
 
 def _read_all(runs: list[Run], every: int) -> list[pa.Table]:

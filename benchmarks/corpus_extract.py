@@ -136,7 +136,10 @@ def rounded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     bits = half.view(np.uint16).astype(np.int32)
     # Numbers near the largest would become infinite; they are clipped far below it.
     up = (bits + (1 << (SPARE_BITS - 1))) & ~((1 << SPARE_BITS) - 1)
-    return np.where(np.isnan(half), half, up.astype(np.uint16).view(np.float16))
+    made: np.ndarray[Any, Any] = np.where(
+        np.isnan(half), half, up.astype(np.uint16).view(np.float16)
+    )
+    return made
 
 
 def write(tables: list[pa.Table], path: Path) -> int:

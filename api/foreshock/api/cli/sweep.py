@@ -59,7 +59,8 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Only a JSON line at the end.")] = False,
 ) -> None:
     """Train healthy runs, natural failures and faults, many as one, for `foreshock fit`."""
-    extras.require("trainer", "api")
+    # Neither the service nor scikit-learn: signals need numpy alone.
+    extras.require("trainer")
     index, every = _parse_shard(shard)
     devices = tuple(device.split(","))
     if plan == "v2":

@@ -28,15 +28,16 @@ import torch
 from foreshock.api.cli.device_signals import fold_on_device, signals_of
 from foreshock.api.cli.sweep import Job, train_all, write_index
 from foreshock.api.labels import label_run
-from foreshock.api.signals import TENSOR_SIGNALS
+from foreshock.api.signals import SIGNALS, TENSOR_SIGNALS
 from foreshock.trainer.config import DataConfig
 from foreshock.trainer.corpus_plan import corpus_plan
 from foreshock.trainer.stacked_device import train_windows
 
 PROBE_STEPS = 16
 LOSS_TOLERANCE = 0.05
-SIGNAL_TOLERANCE = 0.02
-"""Median over signals and models at the first steps; casts that flip let runs drift apart later."""
+SIGNAL_TOLERANCE = 0.05
+"""Median over signals of each one's median at the first steps; of small counts one more or less is
+much, and casts that flip let runs drift apart later."""
 
 
 def probe(device: str, graph: bool) -> dict[str, object]:
@@ -68,13 +69,16 @@ def probe(device: str, graph: bool) -> dict[str, object]:
     loss = float(np.nanmax(np.abs(losses[0] - losses[1])))
     early = np.abs(signals[0][:3] - signals[1][:3])
     same_holes = bool((np.isnan(signals[0]) == np.isnan(signals[1])).all())
-    middle = float(np.nanmedian(early, (0, 1)).max())
+    apart = np.nanmedian(early, (0, 1))
+    middle = float(np.nanmedian(apart))
+    worst = {SIGNALS[i]: round(float(apart[i]), 4) for i in np.argsort(-apart)[:6]}
     return {
         "ok": bool(loss < LOSS_TOLERANCE and middle < SIGNAL_TOLERANCE and same_holes),
         "graph": bool(both[1][-1][2]),
         "loss_difference": loss,
         "signal_difference": middle,
         "same_holes": same_holes,
+        "worst_signals": worst,
     }
 
 

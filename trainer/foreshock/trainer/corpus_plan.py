@@ -101,13 +101,13 @@ _CALM: Final[dict[str, tuple[float, float]]] = {
     "fog_flash": (1e-3, 6e-3),
 }
 _EDGE: Final[dict[str, tuple[float, float]]] = {
-    "llama3": (5e-3, 0.6),
-    "llama3_smooth_swiglu": (5e-3, 0.6),
-    "olmo2": (1e-2, 0.6),
-    "op": (3e-3, 0.2),
-    "fog_max": (2e-2, 0.3),
-    "fog_opt": (2e-2, 0.3),
-    "fog_flash": (2e-2, 0.3),
+    "llama3": (8e-3, 2.0),
+    "llama3_smooth_swiglu": (8e-3, 2.0),
+    "olmo2": (1e-2, 2.0),
+    "op": (4e-3, 0.5),
+    "fog_max": (2e-2, 0.5),
+    "fog_opt": (2e-2, 0.5),
+    "fog_flash": (2e-2, 0.5),
 }
 _HARD: Final = (
     "long_warmup",

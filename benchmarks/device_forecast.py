@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 import zlib
@@ -379,9 +380,10 @@ def main() -> None:
     )
     _SHARED.append(world)
     end = began + 60 * arguments.minutes
-    runner = _Runner(arguments.out, arguments.processes, end - 25)
+    runner = _Runner(arguments.out, arguments.processes, end - 45)
     _everything(runs, runner, arguments, began)
     runner.close()
+    os._exit(0)  # whatever still computes is over its time
 
 
 def _everything(
@@ -424,8 +426,11 @@ def _everything(
         *_jobs("groups, seed 2", grouped_folds(fit, 3, 2), [best], 2),
         *_jobs("left out", [s for s in everywhere if s.title not in families], [""]),
     ]
-    _write_artifact(heads, fit, arguments.out, {"choice": table, "chosen": best})
+    facts = {"choice": table, "chosen": best}
+    writer = threading.Thread(target=_write_artifact, args=(heads, fit, arguments.out, facts))
+    writer.start()
     runner.judge(jobs)
+    writer.join(timeout=5)
     tables = _tables(runner.rows)
     report = {"runs": len(fit), "choice": table, "chosen": best, "tables": tables}
     report["minutes"] = round((time.time() - began) / 60, 1)

@@ -12,6 +12,7 @@ from tests.trainer.backends import check_casts, check_products, layer_of, one_pa
 from foreshock.monitor.operands import QuantizedGemm
 from foreshock.trainer.config import (
     DataConfig,
+    ExecutionConfig,
     ModelConfig,
     PrecisionConfig,
     RunConfig,
@@ -135,6 +136,21 @@ def test_a_run_comes_near_the_emulated_one(scaling: ScalingName) -> None:
         losses[backend] = torch.tensor([step.loss for step in train(config).steps])
     assert (losses["native"] - losses["emulated"]).abs().max() < 0.02
     assert losses["native"][-1] < losses["native"][0]
+
+
+def test_recomputed_blocks_leave_native_scales_alone() -> None:
+    losses = []
+    for recompute in (False, True):
+        config = RunConfig(
+            name="recomputed",
+            model=ModelConfig(architecture="fog_max", width=32, layers=2, heads=2),
+            precision=NATIVE,
+            data=DataConfig(sequence_length=16, batch_size=4, micro_batches=2),
+            execution=ExecutionConfig(recompute=recompute),
+            steps=3,
+        )
+        losses.append([step.loss for step in train(config).steps])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Looks at the stored statistics of the newest records; knows no configuration of 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -12,13 +13,14 @@ from pydantic import BaseModel, Field
 
 from foreshock.api.access.scopes import READ
 from foreshock.api.conditional import NOT_MODIFIED, QuestionDep
+from foreshock.api.precision_advice import abstains, precision_advice
 from foreshock.api.routes.live_parts import Live, Number, WantedRun
 from foreshock.api.routes.parameters import AttemptNumber
 from foreshock.api.schemas import number
 from foreshock.api.services import view_of
 from foreshock.api.store import LAST_STEP
 
-__all__ = ["CauseModel", "DiagnosisAnswer", "router"]
+__all__ = ["CauseModel", "DiagnosisAnswer", "PrecisionModel", "router"]
 
 router = APIRouter(tags=["risk"])
 
@@ -37,11 +39,26 @@ class CauseModel(BaseModel):
     source: str
 
 
+class PrecisionModel(BaseModel):
+    """Precision for the layers that the likeliest cause names, as text to use as it stands."""
+
+    cause: str
+    layers: list[str]
+    why: str
+    transformer_engine_recipe: str = Field(description="Python that makes a recipe")
+    transformer_engine_debug: str = Field(description="YAML for nvdlfw_inspect")
+    torchao_filter: str = Field(description="Python with a module_filter_fn")
+
+
 class DiagnosisAnswer(BaseModel):
     """Causes, most likely first."""
 
     step: int | None = Field(description="As of this step; null before the first record")
     causes: list[CauseModel]
+    abstains: bool = Field(default=True, description="No cause stands out, or none is known")
+    precision: PrecisionModel | None = Field(
+        default=None, description="null where the cause is no matter of precision"
+    )
 
 
 @router.get("/runs/{run}/diagnosis", dependencies=[READ], responses=NOT_MODIFIED)
@@ -62,6 +79,7 @@ def get_run_diagnosis(
     newest = max(a.last_step or 0 for a in run.attempts if a.number == chosen)
     as_of = newest if step is None else step
     response.headers.update(question.headers(run))
+    found = live.diagnose(run.run_id, chosen, as_of)
     causes = [
         CauseModel(
             name=cause.name,
@@ -74,6 +92,12 @@ def get_run_diagnosis(
             remedy=cause.remedy,
             source=cause.source,
         )
-        for cause in live.diagnose(run.run_id, chosen, as_of)
+        for cause in found
     ]
-    return DiagnosisAnswer(step=as_of, causes=causes)
+    advice = precision_advice(found)
+    return DiagnosisAnswer(
+        step=as_of,
+        causes=causes,
+        abstains=abstains(found),
+        precision=None if advice is None else PrecisionModel(**asdict(advice)),
+    )

@@ -146,3 +146,25 @@ def test_tensorboard_has_every_step(tmp_path: Path) -> None:
     found = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/train")
     assert [event.step for event in found] == [0, 1, 2]
     assert [event.value for event in found] == pytest.approx([x["loss"] for x in lines[:3]])
+
+
+def test_a_guard_is_told_by_yaml_and_leaves_a_healthy_run_alone(tmp_path: Path) -> None:
+    plain = _train("debug_cpu", "--json", "--no-watch")
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("advise: false\nsnapshot_every: 5\n")
+    spool = ("--spool", str(tmp_path / "spool"))
+    guarded = _train("debug_cpu", "--json", *spool, "--guard", str(policy))
+    losses = [
+        [json.loads(line).get("loss") for line in r.output.splitlines() if line.startswith("{")]
+        for r in (plain, guarded)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_guard_refuses_what_it_cannot_use(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("rate_facto: 0.5\n")
+    result = _train("debug_cpu", "--guard", str(policy))
+    assert result.exit_code == 2
+    assert "did you mean rate_factor" in result.output
+    assert "--no-watch" in _train("debug_cpu", "--no-watch", "--guard", "default").output

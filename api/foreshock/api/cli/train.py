@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from foreshock.api.cli import extras
 from foreshock.api.cli.train_config import field_lines, recipe_lines, run_config
+from foreshock.api.cli.train_guard import make_guarded
 from foreshock.monitor.record import encode_number
 from foreshock.trainer.recipes import RECIPES
 
@@ -76,6 +77,10 @@ def train(
     checkpoints: Annotated[Path | None, typer.Option(help="Folder for checkpoints.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
     watched: Annotated[bool, typer.Option("--watch/--no-watch", help="Monitor the run.")] = True,
+    guard: Annotated[
+        str | None,
+        typer.Option(metavar="POLICY", help="Act on the risk: default, or a YAML of a policy."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line per step.")] = False,
 ) -> None:
     """Train one recipe; see `_HELP`."""
@@ -102,6 +107,8 @@ def train(
     extras.require("trainer")
     if resume and checkpoints is None:
         _fail("--resume needs --checkpoints FOLDER")
+    if guard is not None and not watched:
+        _fail("--guard acts on what is watched; leave out --no-watch")
     how = _How(
         url=url,
         spool=spool,
@@ -110,6 +117,7 @@ def train(
         watched=watched,
         as_json=as_json,
         tensorboard=tensorboard,
+        guard=guard,
     )
     result = _trained(config, how)
     _summarise(result, as_json=as_json)
@@ -127,6 +135,7 @@ class _How:
     watched: bool
     as_json: bool
     tensorboard: Path | None
+    guard: str | None
 
 
 def _trained(config: RunConfig, how: _How) -> RunResult:
@@ -137,11 +146,13 @@ def _trained(config: RunConfig, how: _How) -> RunResult:
 
     try:
         corpus = corpus_of(config.data)
+        guarded = make_guarded(how.guard) if how.guard is not None else None
     except ValueError as error:
         _fail(str(error))
     folder, url = how.checkpoints, how.url
     policy = CheckpointPolicy(folder=folder, resume=how.resume) if folder else None
-    factory = make_watch(config, url=url, spool=how.spool) if how.watched else None
+    sinks = [guarded.sink] if guarded else []
+    factory = make_watch(config, url=url, spool=how.spool, sinks=sinks) if how.watched else None
     poller = RiskPoller(url, config.name) if url and how.watched else None
     try:
         with (
@@ -156,6 +167,7 @@ def _trained(config: RunConfig, how: _How) -> RunResult:
                 stop=stop.is_set,
                 checkpoints=policy,
                 corpus=corpus,
+                overseer=guarded,
             )
     except ValueError as error:
         _fail(str(error))

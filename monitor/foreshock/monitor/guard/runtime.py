@@ -107,6 +107,7 @@ class Guard:
 
     Attributes:
         entries: What was decided, oldest first; housekeeping left out.
+        recorder: Where events go, if anywhere.
         containment: Counts failures of the guard.
     """
 
@@ -135,14 +136,14 @@ class Guard:
         self._ignored_below = -1
         self._lock = threading.Lock()
         self._kept: dict[int, Any] = {}
-        self._recorder: _Recorder | None = None
+        self.recorder: _Recorder | None = None
         self._agreement = Agreement.join()
         self.sink = StepRecordSink(self._take)
         """Give it to `watch(sinks=[guard.sink])`."""
 
     def attach(self, recorder: _Recorder) -> None:
         """Say where events go: the watch; a loop whose steps go back attaches a new one then."""
-        self._recorder = recorder
+        self.recorder = recorder
         with self._news:
             self._ignored_below = -1
             self._scored = -1
@@ -332,10 +333,10 @@ class Guard:
 
     def _tell(self, entry: Entry, back: RollBack | None) -> None:
         self.entries.append(entry)
-        if self._recorder is not None:
-            self._recorder.event(EVENT, str(entry))
+        if self.recorder is not None:
+            self.recorder.event(EVENT, str(entry))
             if back is not None:
-                self._recorder.event("rollback", f"{_OWN}{back}")
+                self.recorder.event("rollback", f"{_OWN}{back}")
 
 
 _NEEDS: Final[dict[type, str]] = {

@@ -108,3 +108,14 @@ def test_shard_of_other_runs_has_another_name(tmp_path: Path) -> None:
     assert name(_stack(1)) == name(_stack(1))
     changed = [replace(run, steps=7) for run in _stack(1)]
     assert name(changed) != name(_stack(1))
+
+
+def test_second_plan_by_the_command(app: typer.Typer, tmp_path: Path) -> None:
+    options = ("--plan", "v2", "--scale", "0.05", "--runs", "4", "--stack", "4")
+    assert _call(app, tmp_path, *options, "--minutes", "0")["stacks_left"] == 1
+
+
+def test_an_unknown_plan_is_refused(app: typer.Typer, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["sweep", "--out", str(tmp_path), "--plan", "v3"])
+    assert result.exit_code == 2
+    assert "allowed: v1, v2" in result.output

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from foreshock.trainer.config import ModelConfig, RunConfig, later
+from foreshock.trainer.config import ModelConfig, RunConfig
+from foreshock.trainer.config_fields import later
 from foreshock.trainer.recipes import RECIPES
 
 # As the first release computed them: corpora, forecasters and checkpoints are named by these.

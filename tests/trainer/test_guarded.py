@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.multiprocessing.spawn import spawn
 
 from foreshock.monitor.guard import GuardPolicy
 from foreshock.monitor.record import Risk, StepRecord, Suspect
@@ -168,3 +173,29 @@ def test_a_guard_that_breaks_lets_the_run_finish(
     assert [s.loss for s in result.steps] == [s.loss for s in train(config).steps]
     assert guarded.guard is not None
     assert guarded.guard.errors > 0
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    """A process of the next test."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (Path(folder) / "port").read_text()}
+    torch.set_num_threads(1)
+    config = debug_cpu()
+    # Rank 1 has a scorer that would never act: it must follow rank 0 all the same.
+    guarded = Guarded(Alarm(13 if rank == 0 else 10**9), POLICY, patience=20.0)
+    watch = watched(config, spool=Path(folder) / "spool", sinks=[guarded.sink])
+    result = train(config, watch=watch, overseer=guarded)
+    seen = {"steps": [s.step for s in result.steps], "losses": [s.loss for s in result.steps]}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.long
+def test_two_processes_go_back_together(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert one == other
+    assert one["steps"] != sorted(set(one["steps"]))
+    assert one["steps"][-1] == debug_cpu().steps - 1

@@ -59,10 +59,33 @@ def read(corpus: Path) -> list[Run]:
         losses = table["raw_loss"].to_numpy().reshape(len(lines), -1).astype(np.float64)
         steps = np.arange(losses.shape[1])
         found += [
-            Run(line, shard, bool(label_run(steps, loss).diverges))
+            Run(completed(line), shard, bool(label_run(steps, loss).diverges))
             for line, loss in zip(lines, losses, strict=True)
         ]
     return found
+
+
+def completed(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the first plan with the keys of the second that follow from it."""
+    model, precision = line["config"]["model"], line["config"]["precision"]
+    recipe = "bf16"
+    if precision["backend"] != "bf16":
+        length = precision["history"] if precision["scaling"] == "delayed" else ""
+        recipe = f"fp8_{precision['scaling']}{length}"
+    truth = line.get("truth")
+    known = {
+        "architecture": model["architecture"],
+        "width": model["width"],
+        "layers": model["layers"],
+        "recipe": recipe,
+        "kind": "unknown" if truth is None else "fault",
+        "hard": None,
+        "fault_family": None if truth is None else truth["kind"],
+        "planned_events": [],
+        "twin": None,
+        "split": "fit",
+    }
+    return known | line
 
 
 def mend(corpus: Path) -> int:

@@ -12,7 +12,7 @@ __all__ = ["OTHER_LANGUAGES", "ROOT", "RUN_LANGUAGES", "Block", "blocks_of", "pa
 
 ROOT: Final = Path(__file__).parents[2]
 RUN_LANGUAGES: Final = ("python", "bash")
-OTHER_LANGUAGES: Final = ("text", "tree", "math", "yaml", "json")
+OTHER_LANGUAGES: Final = ("text", "tree", "math", "yaml", "json", "toml")
 _BROUGHT: Final = ("README.md", "CONTRIBUTING.md", "dashboards/runbook.md")
 _PORTIONS: Final = ("monitor", "trainer", "api", "dashboards", "benchmarks")
 _FENCE: Final = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)

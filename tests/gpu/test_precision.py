@@ -110,7 +110,9 @@ def test_xielu_and_its_gradients_are_those_of_the_cpu(shape: tuple[int, ...]) ->
 
 def losses(precision: PrecisionConfig, *, compiled: bool = False, steps: int = 4) -> list[float]:
     torch.manual_seed(0)
-    sizes = ModelConfig(architecture="fog_max", width=256, layers=2, heads=2, kv_heads=1)
+    sizes = ModelConfig(
+        architecture="fog_max", width=256, layers=2, heads=2, kv_heads=1, ffn_width=512
+    )
     model = Decoder(sizes, precision).cuda()
     if compiled:
         compile_model(model)
@@ -176,7 +178,7 @@ def test_a_monitor_sees_what_it_sees_of_the_emulated_layers(backend: str) -> Non
 def watched(precision: PrecisionConfig) -> dict[tuple[str, str, str], dict[str, float]]:
     """Statistics of the second step, by layer, role and format."""
     torch.manual_seed(0)
-    sizes = ModelConfig(architecture="fog_max", width=256, layers=1, heads=2)
+    sizes = ModelConfig(architecture="fog_max", width=256, layers=1, heads=2, ffn_width=512)
     model = Decoder(sizes, precision).cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     records: list[StepRecord] = []

@@ -58,6 +58,11 @@ class TeLinear(te.Linear):  # type: ignore[misc]
     product_name = "Transformer Engine"
 
     def __init__(self, in_features: int, out_features: int, *, precision: PrecisionConfig) -> None:
+        if in_features % 16 or out_features % 16:
+            raise ValueError(
+                f"Transformer Engine's FP8 layers take sizes that divide by 16, not {in_features} x "
+                f"{out_features}: set model.ffn_width (fog_* take 3/2 of it), or take native"
+            )
         super().__init__(in_features, out_features, bias=False, params_dtype=torch.float32)
         self.recipe = precision
         self.lead: tuple[int, ...] = ()
@@ -142,7 +147,7 @@ class TeAttention(AttentionCore):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `AttentionCore.forward`."""
-        heads = [x.transpose(1, 2).to(torch.bfloat16) for x in (q, k, v)]
+        heads = [x.transpose(1, 2).to(torch.bfloat16).contiguous() for x in (q, k, v)]
         mixed: Tensor = self.fused(*heads)
         # (B, T, H K)
         by_head = mixed.view(*mixed.shape[:2], q.shape[1], q.shape[3])

@@ -60,8 +60,8 @@ class TeLinear(te.Linear):  # type: ignore[misc]
     def __init__(self, in_features: int, out_features: int, *, precision: PrecisionConfig) -> None:
         if in_features % 16 or out_features % 16:
             raise ValueError(
-                f"Transformer Engine's FP8 layers take sizes that divide by 16, not {in_features} x "
-                f"{out_features}: set model.ffn_width (fog_* take 3/2 of it), or take native"
+                f"Transformer Engine's FP8 layers take sizes that divide by 16, not {in_features} "
+                f"x {out_features}: set model.ffn_width (fog_* take 3/2 of it), or take native"
             )
         super().__init__(in_features, out_features, bias=False, params_dtype=torch.float32)
         self.recipe = precision

@@ -67,7 +67,7 @@ class _Candidate:
 
 
 def _models(small: bool) -> dict[str, DivergenceForecaster]:
-    size = 15 if small else 60
+    size = 25 if small else 60
     few: dict[str, Any] = {"folds": 3} if small else {"folds": 4}
     return {
         "logistic": DivergenceForecaster(**few),

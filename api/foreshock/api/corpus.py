@@ -157,13 +157,16 @@ def _against_twin(run: CorpusRun, by_name: Mapping[str, CorpusRun]) -> CorpusRun
     twin = by_name.get(run.twin or "")
     if twin is None or run.label.kind != "healthy" or twin.label.kind != "healthy":
         return run
+    # A healthy run that was planned to differ (another schedule, a restart) may end elsewhere.
+    if run.fault_start is None and run.kind != "natural":
+        return run
     steps, own, other = np.intersect1d(run.steps, twin.steps, return_indices=True)
     loss, reference = run.loss[own], twin.loss[other]
     finite = np.isfinite(loss) & np.isfinite(reference)
     label = label_drift(steps[finite], loss[finite], reference[finite])
     if label is None:
         return run
-    return replace(run, label=label, family=run.family if run.family != "healthy" else "natural")
+    return replace(run, label=label, family="natural" if run.family == "healthy" else run.family)
 
 
 def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
@@ -229,7 +232,7 @@ def _make_run(
         features=extract_run(steps, signals, settings, planned).astype(np.float32),
         detected=_detected(steps, loss, planned),
         label=label,
-        recipe=str(entry.get("recipe") or "unknown"),
+        recipe=str(entry.get("recipe") or _recipe(entry)),
         kind=str(entry.get("kind") or ""),
         twin=entry.get("twin"),
         split=str(entry.get("split") or "fit"),
@@ -239,6 +242,16 @@ def _make_run(
 def _architecture(entry: Mapping[str, Any]) -> str:
     model = (entry.get("config") or {}).get("model") or {}
     return str(model.get("architecture", "unknown"))
+
+
+def _recipe(entry: Mapping[str, Any]) -> str:
+    """Of a corpus whose index does not name it."""
+    precision = (entry.get("config") or {}).get("precision") or {}
+    if precision.get("backend", "unknown") != "emulated":
+        return str(precision.get("backend", "unknown"))
+    scaling = str(precision.get("scaling", "unknown"))
+    names = {"current": "fp8_current", "delayed": f"fp8_delayed{precision.get('history', '')}"}
+    return names.get(scaling, scaling)
 
 
 def _family(entry: Mapping[str, Any], label: RunLabel) -> str:

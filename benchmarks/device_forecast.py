@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from foreshock.api.artifact import Head, save
+from foreshock.api.artifact import Head, load_shipped, save
 from foreshock.api.baselines import BASELINES, SHIPPED_RULES
 from foreshock.api.corpus import CorpusRun, load_corpus
 from foreshock.api.evaluation import outcomes_of
@@ -40,7 +40,7 @@ from foreshock.api.fitting import (
     threshold_for,
 )
 from foreshock.api.forecaster import DivergenceForecaster
-from foreshock.api.model_card import HEADS
+from foreshock.api.model_card import FIRST_HEADS, HEADS
 from foreshock.api.outcomes import Outcome, figures
 from foreshock.api.proportional import CoxForecaster
 from foreshock.api.quality import risk_quality
@@ -85,6 +85,9 @@ def _candidates(small: bool) -> dict[str, _Candidate]:
     }
     boosted = _models(small)["boosted"]
     table["boosted, every feature"] = _Candidate(prototype=boosted, features=FEATURES)
+    table["logistic, features of before"] = _Candidate(
+        prototype=DivergenceForecaster(), features=FIRST_HEADS["full"]
+    )
     for name, gone in _ABLATED.items():
         kept = tuple(f for f in HEADS["full"] if f.split(".")[0] not in gone)
         for model, prototype in _models(small).items():
@@ -196,6 +199,24 @@ def _fit(head: str, model: str) -> tuple[str, Head]:
     prototype = world.candidates[f"{model}, {head}"].prototype
     runs = [run for run in world.runs.values() if run.split == "fit"]
     return head, fit_head(head, runs, prototype, world.most)
+
+
+def _shipped(runs: Sequence[CorpusRun]) -> list[dict[str, Any]]:
+    """The artifact that comes with the package, with its own thresholds, on runs new to it."""
+    artifact = load_shipped()
+    if artifact is None:
+        return []
+    new = [run for run in runs if not artifact.trained_on(run.fingerprint)]
+    rows: list[dict[str, Any]] = []
+    for name, head in artifact.heads.items():
+        risks = risks_of(head.features, head.forecaster, new)
+        position = [int(h) for h in head.forecaster.horizons].index(head.alarm_horizon or 100)
+        for budget, threshold in head.thresholds.items():
+            scores = [risk[:, position] for risk in risks]
+            found = outcomes_of(new, scores, np.inf if threshold is None else threshold)
+            row = {"stage": "shipped", "title": "new runs", "seed": 0, "method": name}
+            rows.append(row | {"budget": budget, "outcomes": [asdict(o) for o in found]})
+    return rows
 
 
 def _dev(group: str) -> bool:
@@ -413,6 +434,7 @@ def _everything(
         *_width_jobs(fit, runs, best),
         *_jobs("groups", grouped_folds(fit, 3), [name for name in full if name != best]),
         *_jobs("groups", grouped_folds(fit, 3), [f"{model}, without {n}" for n in _ABLATED]),
+        *_jobs("groups", grouped_folds(fit, 3), ["logistic, features of before"]),
         *_jobs("groups", grouped_folds(fit, 3), ["boosted, every feature"]),
         *(
             job
@@ -433,6 +455,7 @@ def _everything(
     writer.start()
     runner.judge(jobs)
     writer.join(timeout=5)
+    runner.rows += _shipped(fit)
     tables = _tables(runner.rows)
     report = {"runs": len(fit), "choice": table, "chosen": best, "tables": tables}
     report["minutes"] = round((time.time() - began) / 60, 1)

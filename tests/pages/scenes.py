@@ -206,6 +206,7 @@ SCENES: Final[Mapping[str, Scene]] = {
     ),
     "docs/how-to/alert-route.md": Scene(_route),
     "docs/how-to/act-on-a-risk.md": Scene(served=True),
+    "docs/how-to/guard.md": Scene(),
     "docs/how-to/heatmap.md": Scene(served=True),
     "docs/how-to/replay.md": Scene(_spool, served=True),
     "docs/how-to/doctor.md": Scene(served=True, long=True),

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from docs.openapi import document
 
+from foreshock.api.diagnosis import Cause
 from foreshock.api.paging import write_cursor
+from foreshock.api.precision_advice import precision_advice
 from foreshock.monitor import Client
-from foreshock.monitor.client import ClientError, InvalidRequest, NotFound
+from foreshock.monitor.client import ClientError, Diagnosis, InvalidRequest, NotFound
 from foreshock.monitor.record import Event, records_to_table, table_to_records
 from tests.api.live_helpers import record, wait_until
 from tests.api.service import Service, new_launch
@@ -37,6 +39,19 @@ def test_no_operation_is_without_a_method() -> None:
     methods = (getattr(Client, name) for name in dir(Client) if not name.startswith("_"))
     called = {method.operation for method in methods if hasattr(method, "operation")}
     assert called == described
+
+
+OUTLIER = Cause(
+    name="outlier",
+    probability=0.9,
+    layers=("blocks.1.mlp.down",),
+    role="input",
+    statistic="channel_kurtosis",
+    since_step=2,
+    evidence="one channel runs ahead",
+    remedy="smooth it",
+    source="",
+)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +204,19 @@ def test_risk(client: Client) -> None:
     diagnosis = client.diagnosis("llama")
     assert diagnosis.step == STEPS + 2
     assert diagnosis.causes[0].remedy
+
+
+def test_a_diagnosis_is_read_whole() -> None:
+    advice = precision_advice([OUTLIER])
+    assert advice is not None
+    body = {"step": 3, "causes": [asdict(OUTLIER)], "abstains": False, "precision": asdict(advice)}
+    read = Diagnosis.read(json.loads(json.dumps(body)))
+    assert (read.step, read.abstains, read.causes[0].layers) == (3, False, OUTLIER.layers)
+    assert read.precision is not None
+    assert asdict(read.precision) == asdict(advice)
+    # A service of before says neither.
+    old = Diagnosis.read({"step": None, "causes": []})
+    assert (old.abstains, old.precision) == (True, None)
 
 
 def test_alerts_and_events(client: Client) -> None:

@@ -88,7 +88,8 @@ def test_drivers_and_diagnosis_name_the_layer(
     assert "raises +2.31" in shown
     assert "lowers −0.30" in shown  # noqa: RUF001  the page writes a true minus
 
-    causes = service.client.get("/api/v1/runs/sick/diagnosis").json()["causes"]
+    answer = service.client.get("/api/v1/runs/sick/diagnosis").json()
+    causes, advice = answer["causes"], answer["precision"]
     likely = [cause for cause in causes[1:] if cause["probability"] >= 0.01]
     browser.wait("causes", lambda: len(browser.all("#causes li")) == 1 + len(likely))
     first = browser.text("#causes li:first-child")
@@ -96,6 +97,12 @@ def test_drivers_and_diagnosis_name_the_layer(
     assert all(layer in first for layer in causes[0]["layers"])
     assert causes[0]["evidence"] in first
     assert causes[0]["remedy"] in first
+    assert browser.one("#causes-doubt").is_displayed() is answer["abstains"]
+    assert browser.one("#precision").is_displayed() is (advice is not None)
+    assert advice is not None, "what the run is made to suffer from is a matter of precision"
+    browser.one("#precision summary").click()
+    for text in ("transformer_engine_recipe", "transformer_engine_debug", "torchao_filter"):
+        assert advice[text].strip() in browser.text("#precision")
     browser.one("#causes li:first-child a").click()
     browser.wait("its layer", lambda: browser.text("#main h1") == causes[0]["layers"][0])
 

@@ -7,8 +7,6 @@ matplotlib.
 from foreshock.monitor.client.answers import (
     Alert,
     Attempt,
-    Cause,
-    Diagnosis,
     Heatmap,
     Launch,
     Mute,
@@ -21,6 +19,7 @@ from foreshock.monitor.client.answers import (
     ServiceEvent,
 )
 from foreshock.monitor.client.client import Client
+from foreshock.monitor.client.diagnosis import Cause, Diagnosis, PrecisionAdvice
 from foreshock.monitor.client.drawing import draw
 from foreshock.monitor.client.errors import (
     ClientError,
@@ -54,6 +53,7 @@ __all__ = [
     "Mute",
     "NoAnswer",
     "NotFound",
+    "PrecisionAdvice",
     "Problem",
     "RateLimited",
     "Receipt",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from foreshock.monitor.client.diagnosis import Cause
 from foreshock.monitor.client.errors import MissingPackage
 from foreshock.monitor.record import AlertState, Driver, RiskKind, decode_number
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Alert",
     "Attempt",
-    "Cause",
-    "Diagnosis",
     "Heatmap",
     "Launch",
     "Mute",
@@ -325,39 +324,6 @@ class Heatmap:
         index = pandas().Index(self.layers, name="layer")
         made: pd.DataFrame = pandas().DataFrame(self.values, index=index, columns=self.steps)
         return made
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cause:
-    """One likely cause, with its evidence and what to do."""
-
-    name: str
-    probability: float | None
-    layers: tuple[str, ...]
-    role: str | None
-    statistic: str | None
-    since_step: int | None
-    evidence: str
-    remedy: str
-    source: str
-
-    @classmethod
-    def read(cls, body: Mapping[str, Any]) -> Cause:
-        """From JSON."""
-        plain = ("name", "role", "statistic", "since_step", "evidence", "remedy", "source")
-        return cls(
-            **{name: body.get(name) for name in plain},  # type: ignore[arg-type]
-            probability=decode_number(body.get("probability"), "probability"),
-            layers=tuple(body.get("layers") or ()),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Diagnosis:
-    """Causes as of a step, most likely first; no step before the first record."""
-
-    step: int | None
-    causes: tuple[Cause, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

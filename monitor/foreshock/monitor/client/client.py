@@ -15,8 +15,6 @@ import pyarrow as pa
 from foreshock.monitor.certificates import verification
 from foreshock.monitor.client.answers import (
     Alert,
-    Cause,
-    Diagnosis,
     Heatmap,
     Launch,
     Receipt,
@@ -29,6 +27,7 @@ from foreshock.monitor.client.answers import (
     pandas,
 )
 from foreshock.monitor.client.calls import operation, path_of
+from foreshock.monitor.client.diagnosis import Diagnosis
 from foreshock.monitor.client.errors import ClientError, ServiceFailure
 from foreshock.monitor.client.events import follow
 from foreshock.monitor.client.http import Body, ByteReader, Http, Retry
@@ -314,9 +313,8 @@ class Client(InsightCalls):
         self, run: str, *, step: int | None = None, attempt: int | None = None
     ) -> Diagnosis:
         """Likely causes as of a step; default: the newest."""
-        body = self._get(path_of(run, "/diagnosis"), step=step, attempt=attempt).json()
-        causes = tuple(Cause.read(cause) for cause in body["causes"])
-        return Diagnosis(step=body["step"], causes=causes)
+        answer = self._get(path_of(run, "/diagnosis"), step=step, attempt=attempt)
+        return Diagnosis.read(answer.json())
 
     @operation("get_run_incident")
     def save_incident(

@@ -107,7 +107,7 @@ export function causeBody(cause, run = null) {
 
 /** The likeliest cause in full, the others to open; what a reader has opened stays open. */
 export function diagnosis(run, answer, state, step) {
-  const causes = answer.filter((cause, i) => i === 0 || number(cause.probability) >= 0.01);
+  const causes = answer.causes.filter((cause, i) => i === 0 || number(cause.probability) >= 0.01);
   const calm = (state === "ok" || !state) && step === null;
   contentOr("causes", causes.length ? null : "No cause stands out.");
   $("causes-calm").hidden = !calm || !causes.length;
@@ -120,4 +120,19 @@ export function diagnosis(run, answer, state, step) {
     rest.dataset.cause = cause.name;
     return el("li", {}, rest);
   }));
+  $("causes-doubt").hidden = !causes.length || !answer.abstains;
+  precision(answer.precision);
+}
+
+/** Configurations for the layers of the likeliest cause, to be copied; closed until somebody asks. */
+function precision(advice) {
+  $("precision").hidden = !advice;
+  if (!advice) return;
+  const text = (title, body) => [el("h3", {}, title), el("pre", { tabIndex: 0, "aria-label": title }, el("code", {}, body))];
+  $("precision-body").replaceChildren(
+    el("p", { class: "quiet" }, advice.why),
+    ...text("Transformer Engine: recipe", advice.transformer_engine_recipe),
+    ...text("Transformer Engine: these layers in high precision", advice.transformer_engine_debug),
+    ...text("torchao: which layers to convert", advice.torchao_filter),
+  );
 }

@@ -132,8 +132,8 @@ export function open(page, route) {
 
   const cause = page.jobs.add(5000, async (current) => {
     const at = steps.step;
-    const causes = page.run.lastStep === null ? [] : await wire.diagnosis(run, at);
-    if (current()) panels.diagnosis(run, causes, shown.risk?.state ?? page.run.state, at);
+    const answer = page.run.lastStep === null ? wire.NO_DIAGNOSIS : await wire.diagnosis(run, at);
+    if (current()) panels.diagnosis(run, answer, shown.risk?.state ?? page.run.state, at);
   });
 
   return {

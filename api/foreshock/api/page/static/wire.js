@@ -83,7 +83,10 @@ export const heat = (run, which, range = {}) => get(path(run, "/heatmap"), { ...
 
 export const compare = (a, b, given) => get(path(a, "/compare"), { other: b.id, ...given });
 
-export const diagnosis = async (run, step = null) => (await optional(get(path(run, "/diagnosis"), { step }), { causes: [] })).causes;
+/** What there is to say of a run without records, or before its service can diagnose. */
+export const NO_DIAGNOSIS = { causes: [], abstains: true, precision: null };
+
+export const diagnosis = async (run, step = null) => optional(get(path(run, "/diagnosis"), { step }), NO_DIAGNOSIS);
 
 export const forecaster = () => optional(get("/forecaster"), null);
 

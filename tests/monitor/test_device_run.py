@@ -28,12 +28,13 @@ def test_a_dry_run_says_what_failed_and_goes_on(tmp_path: Path) -> None:
     assert "| ours, with sqnr |" in done.stdout
     assert "== te_overhead_plain: ok" in done.stdout
     assert "| ours every 10 |" in done.stdout
+    assert "== throughput: ok" in done.stdout
     # The last part does not exist, which is told and counted.
     assert "== nothing: failed (2)" in done.stdout
     assert done.returncode == 1
     assert {file.name for file in tmp_path.iterdir()} == {
-        "statistics_bandwidth.txt", "te_overhead_plain.txt", "nothing.txt",
-    }  # fmt: skip
+        f"{part.name}.txt" for part in device_run.dry()
+    }
 
 
 def test_every_file_of_tests_is_run() -> None:

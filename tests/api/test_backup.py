@@ -52,7 +52,7 @@ def environment_of(kind: str, folder: Path) -> dict[str, str]:
     return {"FORESHOCK_STORE": f"sqlite:///{folder}/data/s.sqlite"} if kind == "sqlite" else {}
 
 
-@pytest.mark.parametrize("kind", ["chdb", "sqlite"])
+@pytest.mark.parametrize("kind", ["chdb", pytest.param("sqlite", marks=pytest.mark.long)])
 def test_what_was_acknowledged_before_a_backup_comes_back_once(kind: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     service = Service(first, environment=environment_of(kind, first))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from foreshock.monitor.blocks import block_sums
 from foreshock.monitor.record import FIELD_REDUCTIONS
 from foreshock.trainer.config import PrecisionConfig, ScalingName
-from foreshock.trainer.loop import train
+from foreshock.trainer.loop import StepResult, train
 from foreshock.trainer.precision import BlockLinear, attention_core, gemm_linear
 from foreshock.trainer.precision.attention import Fp8Attention
 from foreshock.trainer.precision.block_cast import (
@@ -23,6 +23,7 @@ from foreshock.trainer.recipes import debug_cpu
 from foreshock.trainer.stacked import train_stack
 
 BLOCKS: tuple[ScalingName, ...] = ("rowwise", "block128", "mxfp8", "nvfp4")
+LONG: tuple[ScalingName, ...] = ("rowwise", "block128", "nvfp4")
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
@@ -167,10 +168,19 @@ def test_one_stack_has_one_kind_of_attention() -> None:
         )
 
 
-@pytest.mark.parametrize("scaling", ["delayed", *BLOCKS])
-def test_a_run_with_every_product_in_low_precision_learns(scaling: ScalingName) -> None:
+@pytest.fixture(scope="module")
+def plain() -> tuple[StepResult, ...]:
+    """A run of the same seed in bfloat16."""
+    return train(replace(debug_cpu(), precision=PrecisionConfig(backend="bf16"))).steps
+
+
+@pytest.mark.parametrize(
+    "scaling", ["delayed", "mxfp8", *(pytest.param(s, marks=pytest.mark.long) for s in LONG)]
+)
+def test_a_run_with_every_product_in_low_precision_learns(
+    scaling: ScalingName, plain: tuple[StepResult, ...]
+) -> None:
     recipe = PrecisionConfig(scaling=scaling, attention="fp8")
-    plain = train(replace(debug_cpu(), precision=PrecisionConfig(backend="bf16"))).steps
     steps = train(replace(debug_cpu(), precision=recipe)).steps
     assert steps[-1].loss < steps[0].loss - 0.3
     assert steps[-1].loss != plain[-1].loss

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from foreshock.api import diagnosis, movement
+from foreshock.api import diagnosis, diagnosis_rules, movement
 from foreshock.api.diagnosis import CAUSES, Cause, RunWindow, diagnose
 from foreshock.monitor.record import TensorIdentity
 
@@ -171,6 +172,80 @@ def test_non_finite_values_do_no_harm() -> None:
 
 def test_only_statistics_and_scalars_are_read() -> None:
     fields = set(RunWindow.__dataclass_fields__)
-    assert fields == {"steps", "scalars", "identities", "statistics"}
-    for module in (diagnosis, movement):
+    assert fields == {"steps", "scalars", "identities", "statistics", "events"}
+    for module in (diagnosis, diagnosis_rules, movement):
         assert "trainer" not in inspect.getsource(module)
+
+
+def test_a_lost_optimizer() -> None:
+    made = Made()
+    after = np.clip(made.steps - START, 0, None)
+    made.scalars["update_ratio"] *= np.where(made.steps >= START, 1 + 3 * 0.9**after, 1)
+    made.scalars["loss"] += np.where(made.steps > START, 0.8 * 0.9**after, 0)
+    window = made.window()
+    untold = best(window)
+    assert (untold.name, untold.since_step) == ("optimizer_state", START)
+    told = best(replace(window, events=((START, "restart"),)))
+    assert told.probability > untold.probability
+    assert f"began anew at step {START}" in told.evidence
+
+
+def test_a_restart_that_lost_nothing_is_no_cause() -> None:
+    window = replace(Made().window(), events=((START, "restart"),))
+    assert best(window).name == "unknown"
+
+
+def test_a_gap_in_the_steps_is_a_restart() -> None:
+    made = Made()
+    made.scalars["update_ratio"][START:] *= 3
+    window = made.window()
+    steps = np.where(made.steps >= START, made.steps + 100, made.steps)
+    cause = best(replace(window, steps=steps))
+    assert (cause.name, cause.since_step) == ("optimizer_state", START + 100)
+    assert "began anew" in cause.evidence
+
+
+def test_a_jump_of_the_rate_is_not_a_lost_optimizer() -> None:
+    made = Made()
+    made.scalars["update_ratio"][START:] *= 5
+    made.scalars["learning_rate"][START:] *= 5
+    assert best(made.window()).name == "learning_rate"
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_attention_logits_that_grow(logged: bool) -> None:
+    made = Made()
+    core = TensorIdentity("blocks.1.attention.core", "query", "e4m3")
+    made.identities = (*made.identities[:-1], core)
+    if logged:
+        made.scalars["max_attention_logit"] = np.asarray(
+            10 * np.exp2(2 * made.ramp) * np.exp(0.02 * made.rng.standard_normal(COUNT)), np.float64
+        )
+    else:
+        made.log_amax[:, -1] += 2 * made.ramp
+        made.log_scale[:, -1] -= 2 * made.ramp
+    cause = best(made.window())
+    assert cause.name == "attention"
+    assert cause.since_step is not None
+    assert abs(cause.since_step - START) <= 8
+    if not logged:
+        assert cause.layers == ("blocks.1.attention.core",)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("slope", [0.12, 0.5, 2.0])
+def test_a_slow_ramp_began_before_it_left_its_noise(seed: int, slope: float) -> None:
+    steps = np.arange(0, 240, 2, dtype=np.int64)
+    noise = np.random.default_rng(seed).standard_normal(len(steps))
+    begun = movement.onset(steps, noise + slope * np.clip(steps - START, 0, None))
+    assert begun is not None
+    # A straight line is found to within the stretch over which it grows by three sigmas.
+    assert abs(begun - START) <= max(4, 3 / slope)
+
+
+def test_the_onset_of_a_step_and_of_what_came_back() -> None:
+    steps = np.arange(100, dtype=np.int64)
+    noise = np.random.default_rng(0).standard_normal(100)
+    assert movement.onset(steps, noise + 20 * (steps >= 60)) == 60
+    assert movement.onset(steps, noise + 20 * ((steps >= 40) & (steps < 60))) is None
+    assert movement.onset(steps, np.full(100, np.nan)) is None

@@ -1,26 +1,22 @@
 """Why a run goes bad, and in which layers: ranked causes from statistics and scalars only.
 
-A reader of evidence, not a trained model: every score is a rule with a sentence that a person can
-check. It never sees a configuration, a fault's name or a step that it was not given.
+A reader of evidence: every cause rests on a rule with a sentence that a person can check
+(`diagnosis_rules`), and only how much each rule is worth was fitted (`diagnosis_odds`). It never
+sees a configuration, a fault's name or a step that it was not given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
-from foreshock.api.movement import Movements, move_of, movements_of
-from foreshock.monitor.record import TensorIdentity
+from foreshock.api.diagnosis_odds import CAUSES, shares
+from foreshock.api.diagnosis_rules import Finding, RunWindow, findings_of
+from foreshock.api.movement import Movements
 
 __all__ = ["CAUSES", "Cause", "RunWindow", "diagnose"]
 
-FloatArray = npt.NDArray[np.float64]
-
-CAUSES: Final = ("learning_rate", "scale", "underflow", "outlier", "bad_data", "unknown")
 _TOP_LAYERS: Final = 5
 
 _REMEDIES: Final[Mapping[str, tuple[str, str]]] = {
@@ -49,29 +45,23 @@ _REMEDIES: Final[Mapping[str, tuple[str, str]]] = {
         " these steps",
         "PaLM (2204.02311): skip 200 to 500 batches, rewind about 100 steps",
     ),
+    "optimizer_state": (
+        "start again from a checkpoint with the optimizer's moments, scales and place in the data;"
+        " where there is none, warm the learning rate up again over 2 / (1 - beta2) steps",
+        "Ma & Yarats (1910.04209): untuned warm-up of Adam; torch, saving a general checkpoint",
+    ),
+    "attention": (
+        "normalise queries and keys, or keep the attention products in bf16; until then lower the"
+        " learning rate",
+        "Dehghani et al. (2302.05442), Wortsman et al. (2309.14322): growing attention logits; FOG"
+        " 2505.20524",
+    ),
     "unknown": (
         "lower the learning rate, keep a checkpoint from before the rise, and log tensor statistics"
         " of more layers",
         "GLM-130B training log: instabilities without a named cause",
     ),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class RunWindow:
-    """The latest records of a run, as arrays.
-
-    Attributes:
-        steps: (T,) rising.
-        scalars: Name to (T,), NaN = not measured or not finite.
-        identities: One per tensor row.
-        statistics: Name to (T, rows), NaN where not measured.
-    """
-
-    steps: npt.NDArray[np.int64]
-    scalars: Mapping[str, FloatArray]
-    identities: Sequence[TensorIdentity] = ()
-    statistics: Mapping[str, FloatArray] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,18 +91,6 @@ class Cause:
     source: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Finding:
-    """The case for one cause: log-odds against "unknown", and what it rests on."""
-
-    name: str
-    score: float
-    evidence: str
-    moved: tuple[int, ...] = ()
-    statistic: str | None = None
-    since: int | None = None
-
-
 def diagnose(window: RunWindow) -> tuple[Cause, ...]:
     """Rank the causes of trouble at the end of a window.
 
@@ -125,27 +103,20 @@ def diagnose(window: RunWindow) -> tuple[Cause, ...]:
     """
     if len(window.steps) < 12:
         return ()
-    moves = movements_of(window.steps, window.identities, window.statistics or {})
-    findings = (
-        _learning_rate(window, moves),
-        *_scale(moves),
-        _outlier(moves, consequence=_rate_rose(window)),
-        _bad_data(window, moves),
-        _Finding("unknown", 1.0, _what_moved(window, moves), moves.broadest()),
-    )
-    weights = np.exp(np.array([f.score for f in findings]))
-    shares = weights / weights.sum()
-    order = sorted(range(len(findings)), key=lambda i: -shares[i])
-    return tuple(_cause(findings[i], float(shares[i]), window, moves) for i in order)
+    cases, moves = findings_of(window)
+    findings = (*cases, Finding("unknown", 0.0, _what_moved(window, moves), moves.broadest()))
+    share = shares({finding.name: finding.strength for finding in findings})
+    ordered = sorted(findings, key=lambda finding: -share[finding.name])
+    return tuple(_cause(finding, share[finding.name], window, moves) for finding in ordered)
 
 
-def _cause(finding: _Finding, share: float, window: RunWindow, moves: Movements) -> Cause:
+def _cause(finding: Finding, share: float, window: RunWindow, moves: Movements) -> Cause:
     remedy, source = _REMEDIES[finding.name]
-    layers = dict.fromkeys(window.identities[row].layer for row in finding.moved)
-    role = window.identities[finding.moved[0]].role if finding.moved else None
+    layers = dict.fromkeys(window.identities[row].layer for row in finding.rows)
+    role = window.identities[finding.rows[0]].role if finding.rows else None
     since = finding.since
-    if since is None and finding.moved:
-        since = moves.since(finding.moved[0])
+    if since is None and finding.rows:
+        since = moves.since(finding.rows[0])
     return Cause(
         name=finding.name,
         probability=round(share, 4),
@@ -157,110 +128,6 @@ def _cause(finding: _Finding, share: float, window: RunWindow, moves: Movements)
         remedy=remedy,
         source=source,
     )
-
-
-def _learning_rate(window: RunWindow, moves: Movements) -> _Finding:
-    rate = move_of(window.steps, window.scalars.get("learning_rate"), log=True)
-    update = move_of(window.steps, window.scalars.get("update_ratio"), log=True)
-    score, parts, statistic, since = 0.0, [], None, None
-    if rate is not None and rate.change > 0.2:
-        score += 2.0 + 3.0 * min(rate.change, 1.0)
-        statistic, since = "learning_rate", rate.since
-        parts.append(f"the learning rate is {2**rate.change:.3g} times its usual value")
-    elif rate is not None:
-        score -= 1.0
-        parts.append("the learning rate did not rise")
-    if update is not None and update.change > 0.5 and update.sigmas > 5:
-        score += 2.0
-        statistic, since = statistic or "update_ratio", since or update.since
-        parts.append(f"updates are {2**update.change:.3g} times as large as usual")
-    if moves.breadth() > 0.5:
-        score += 1.0
-        parts.append(f"{moves.breadth():.0%} of the tensors moved together")
-    text = "; ".join(parts) or "neither learning rate nor update size was measured"
-    return _Finding("learning_rate", score, text, moves.broadest(), statistic, since)
-
-
-def _scale(moves: Movements) -> tuple[_Finding, _Finding]:
-    """Headroom moved while amax did not, or the scale stands still while amax moves.
-
-    Downwards a tensor saturates, upwards it is flushed to zero: two causes, of which the strongest
-    mover decides; the other one keeps the base score.
-    """
-    headroom, amax, scale = (moves.change(name) for name in ("headroom_log2", "amax", "scale_log2"))
-    own = np.abs(headroom) - 1.5 * np.abs(amax)
-    drifted = (np.abs(headroom) > 0.3) & (moves.sigmas("headroom_log2") > 6)
-    alone = drifted & (own > 0.2)
-    stuck = drifted & moves.stuck("scale_log2") & (np.abs(amax) > 0.15)
-    hit = np.flatnonzero(alone | stuck)
-    if hit.size == 0:
-        known = np.isfinite(headroom).any()
-        text = "scales follow the amax" if known else "no scales were measured"
-        base = -1.0 if known else -3.0
-        return _Finding("scale", base, text), _Finding("underflow", base, text)
-    ranked = moves.ranked(hit, "headroom_log2")
-    top = ranked[0]
-    lost = moves.worst_change("overflow_ratio", hit), moves.worst_change("underflow_ratio", hit)
-    score = 3.0 + min(3.0, float(np.abs(headroom[hit]).max())) + (1.0 if max(lost) > 0.01 else 0.0)
-    how = "stands still" if stuck[top] and not alone[top] else f"moved by {scale[top]:+.2f}"
-    text = (
-        f"headroom of {moves.name(top)} went from {moves.before('headroom_log2', top):.2f} to"
-        f" {moves.after('headroom_log2', top):.2f} (log2) while its amax moved by {amax[top]:+.2f}"
-        f" and its scale {how}; {hit.size} of {headroom.size} tensors affected"
-    )
-    rose = headroom[top] > 0
-    found = _Finding("underflow" if rose else "scale", score, text, ranked, "headroom_log2")
-    other = "headroom fell" if not rose else "headroom rose"
-    rest = _Finding("scale" if rose else "underflow", -1.0, f"no: the {other}")
-    return found, rest
-
-
-def _rate_rose(window: RunWindow) -> bool:
-    rate = move_of(window.steps, window.scalars.get("learning_rate"), log=True)
-    return rate is not None and rate.change > 0.2
-
-
-def _outlier(moves: Movements, *, consequence: bool) -> _Finding:
-    """One layer's outlier channels grow far ahead of the others'.
-
-    Large updates make outliers too, so they weigh less where the learning rate rose.
-    """
-    best = _Finding("outlier", -1.0, "no layer's outliers stand out")
-    penalty = 2.5 if consequence else 0.5
-    for statistic in ("channel_kurtosis", "kurtosis", "top_channel_share"):
-        change = moves.peak_change(statistic)
-        if not np.isfinite(change).any():
-            continue
-        by_layer = moves.largest_by_layer(change)
-        (layer, row), *others = by_layer
-        del layer
-        lead = float(change[row]) - (float(change[others[0][1]]) if others else 0.0)
-        score = 2.5 * min(float(change[row]), 2.0) * min(max(lead, 0.0), 1.0) - penalty
-        if change[row] > 0.5 and moves.sigmas(statistic)[row] > 5 and score > best.score:
-            text = (
-                f"{statistic} of {moves.name(row)} rose {2 ** float(change[row]):.3g} times over"
-                f" its usual value, {2**lead:.3g} times as much as the next layer"
-            )
-            ranked = (row, *(r for _, r in others[:2] if change[r] > 0.5))
-            best = _Finding("outlier", score, text, ranked, statistic)
-    return best
-
-
-def _bad_data(window: RunWindow, moves: Movements) -> _Finding:
-    """Loss and gradient jump within two records, and no weight moved before them."""
-    loss = move_of(window.steps, window.scalars.get("loss"), log=False)
-    if loss is None or loss.jump is None:
-        return _Finding("bad_data", -1.0, "the loss did not jump")
-    grad = move_of(window.steps, window.scalars.get("grad_norm"), log=True)
-    together = grad is not None and grad.jump is not None and abs(grad.jump - loss.jump) <= 4
-    earlier = moves.moved_before(loss.jump - 8)
-    score = 2.5 + (2.0 if together else 0.0) - 6.0 * earlier
-    text = (
-        f"the loss jumped by {loss.jump_sigmas:.3g} times its noise at step {loss.jump}"
-        + (", the gradient norm with it" if together else "")
-        + f"; {earlier:.0%} of the tensors had moved before"
-    )
-    return _Finding("bad_data", score, text, moves.broadest(), "loss", loss.jump)
 
 
 def _what_moved(window: RunWindow, moves: Movements) -> str:

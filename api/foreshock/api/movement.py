@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from foreshock.monitor.record import TensorIdentity
 
-__all__ = ["Movements", "ScalarMove", "move_of", "movements_of"]
+__all__ = ["Movements", "ScalarMove", "move_of", "movements_of", "onset"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
@@ -22,6 +22,8 @@ IntArray = npt.NDArray[np.intp]
 _BASE: Final = (0.25, 0.6)
 """Between these shares a window is taken for normal: after a warm-up, before the trouble."""
 _RECENT: Final = 5
+_LOOK_BACK: Final = 60
+"""Records before a series left its band among which its movement may have begun."""
 _MOVED: Final = 5.0
 # Statistics compared as log2, with a floor; the others are logs already.
 _LOG_FLOOR: Final = {
@@ -51,9 +53,10 @@ class ScalarMove:
     Attributes:
         change: Recent median less the median at the start (log2 if asked for).
         sigmas: The same in units of its noise.
-        since: Step from which on it has been away from the start's band, None if it has not.
+        since: Step at which the movement began that it has not come back from; None without one.
         jump: Step of the first abrupt rise (within two records, beyond 8 noise sigmas).
         jump_sigmas: Its height in noise sigmas.
+        jump_height: Its height, in the unit of `change`.
     """
 
     change: float
@@ -61,6 +64,7 @@ class ScalarMove:
     since: int | None
     jump: int | None
     jump_sigmas: float = 0.0
+    jump_height: float = 0.0
 
 
 def move_of(
@@ -85,14 +89,14 @@ def move_of(
     level = float(np.median(base))
     sigma = 1.4826 * float(np.median(np.abs(base - level))) + 1e-3 * (1 + abs(level))
     recent = float(np.median(series[-_RECENT:]))
-    away = np.abs(series - level) > _MOVED * sigma
     jump, height = _jump(series, sigma)
     return ScalarMove(
         change=recent - level,
         sigmas=abs(recent - level) / sigma,
-        since=_since(when, away),
+        since=onset(when, (series - level) / sigma),
         jump=None if jump is None else int(when[jump]),
         jump_sigmas=height,
+        jump_height=height * sigma,
     )
 
 
@@ -111,15 +115,51 @@ def _jump(series: FloatArray, sigma: float) -> tuple[int | None, float]:
     return None, 0.0
 
 
-def _since(steps: npt.NDArray[np.int64], away: npt.NDArray[np.bool_]) -> int | None:
-    """First step of the final stretch that is away, forgiving single returns."""
-    if not away.any() or not away[-_RECENT:].any():
+def onset(steps: npt.NDArray[np.int64], distance: FloatArray, *, forgiven: int = 1) -> int | None:
+    """Step at which the movement began that a series has not come back from.
+
+    A slow ramp leaves the band of its noise long after it began. So the beginning is where a hinge
+    (level, then a straight line) or a step (level, then another) fits best, by least squares, up to
+    shortly after it left the band.
+
+    Args:
+        steps: (T,).
+        distance: (T,) from the usual level in units of the noise; NaN where not measured.
+        forgiven: So many records in a row within the band do not count as having come back.
+    """
+    seen = np.flatnonzero(np.isfinite(distance))
+    left = _left(np.abs(distance[seen]) > _MOVED, forgiven)
+    if left is None:
         return None
-    calm = ~away
-    pairs = np.flatnonzero(calm[1:] & calm[:-1])
-    first = int(pairs[-1]) + 2 if pairs.size else 0
-    later = np.flatnonzero(away[first:])
-    return int(steps[first + int(later[0])]) if later.size else None
+    first = max(0, left - _LOOK_BACK)
+    near = seen[first : left + 4]
+    found = _bend(steps[near].astype(np.float64), distance[near], left - first)
+    return int(steps[near[found]])
+
+
+def _left(away: npt.NDArray[np.bool_], forgiven: int) -> int | None:
+    """First record of the final stretch that is away."""
+    places = np.flatnonzero(away)
+    if not places.size or places[-1] < len(away) - max(_RECENT, forgiven + 1):
+        return None
+    returns = np.flatnonzero(np.diff(places) > forgiven + 1)
+    return int(places[returns[-1] + 1]) if returns.size else int(places[0])
+
+
+def _bend(when: FloatArray, distance: FloatArray, latest: int) -> int:
+    """Index, at most `latest`, from which on a series is best explained by a line or a step."""
+    best, chosen = np.inf, latest
+    for index in range(latest + 1):
+        calm = distance[:index]
+        rest = float(calm @ calm)
+        for shape in (when[index:] - when[max(index - 1, 0)], np.ones(len(when) - index)):
+            tail = distance[index:]
+            size = float(shape @ shape)
+            slope = float(shape @ tail) / size if size else 0.0
+            error = rest + float(np.square(tail - slope * shape).sum())
+            if error < best:
+                best, chosen = error, index
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +217,11 @@ class Movements:
         return float(self.series[statistic].recent[row])
 
     def stuck(self, statistic: str) -> npt.NDArray[np.bool_]:
-        """(rows,) whether the last eight values are one and the same."""
+        """(rows,) whether the last eight values are one and the same, but for their rounding."""
         series = self.series.get(statistic)
         if series is None or len(series.values) < 8:
             return np.zeros(len(self.identities), dtype=np.bool_)
-        return np.asarray(np.ptp(series.values[-8:], axis=0) == 0)
+        return np.asarray(np.ptp(series.values[-8:], axis=0) < 1e-4)
 
     def worst_change(self, statistic: str, rows: IntArray) -> float:
         """Largest rise of a statistic over some rows, 0 when not measured."""
@@ -215,20 +255,32 @@ class Movements:
     def since(self, row: int, statistic: str | None = None) -> int | None:
         """Step from which on a row has been away from its band."""
         names = [statistic] if statistic else [n for n in _JUDGED if n in self.series]
-        found = [_since(self.steps, self._away(name)[:, row]) for name in names]
+        found = [onset(self.steps, self._distance(name, row)) for name in names]
         known = [step for step in found if step is not None]
         return min(known) if known else None
 
+    def _distance(self, statistic: str, row: int) -> FloatArray:
+        series = self.series[statistic]
+        return np.asarray((series.values[:, row] - series.level[row]) / series.sigma[row])
+
     def ranked(self, rows: IntArray, statistic: str) -> tuple[int, ...]:
         """Rows by how far they moved against their start, furthest first, early ones ahead."""
-        size = np.nan_to_num(np.abs(self.change(statistic)))
-        first = [self.since(int(row), statistic) for row in rows]
-        late = max((step for step in first if step is not None), default=0)
-        keyed = [
-            (-size[row] + 0.01 * ((late if step is None else step) - late), int(row))
-            for row, step in zip(rows, first, strict=True)
-        ]
-        return tuple(row for _, row in sorted(keyed))
+        size = np.nan_to_num(np.abs(self.change(statistic)))[rows]
+        late = 0.01 * (self._left_band(statistic)[rows] - self.steps[-1])
+        return tuple(int(row) for row in rows[np.lexsort((rows, late - size))])
+
+    def _left_band(self, statistic: str) -> npt.NDArray[np.int64]:
+        """(rows,) step at which each left its band for good; the last step where it has not."""
+        away = self._away(statistic)
+        last = len(away) - 1
+        first = np.full(away.shape[1], last)
+        reach = np.full(away.shape[1], last - _RECENT + 1)
+        for record in range(last, -1, -1):
+            going = away[record] & (record >= reach)
+            first = np.where(going, record, first)
+            # A single record within the band is no return.
+            reach = np.where(going, record - 2, reach)
+        return np.asarray(self.steps[first])
 
     def broadest(self) -> tuple[int, ...]:
         """Rows whose statistics moved, first and furthest first."""
@@ -237,12 +289,12 @@ class Movements:
             if name in self.series:
                 total = np.fmax(total, np.minimum(np.nan_to_num(self.sigmas(name)), 1e3))
         moved = np.flatnonzero(total > _MOVED)
-        since = {int(row): self.since(int(row)) for row in moved}
-        last = int(self.steps[-1]) if len(self.steps) else 0
-        order = sorted(
-            since, key=lambda row: (last if since[row] is None else since[row], -total[row])
-        )
-        return tuple(order[:12])
+        if not moved.size:
+            return ()
+        names = [name for name in _JUDGED if name in self.series]
+        first = np.min([self._left_band(name) for name in names], axis=0)[moved]
+        order = np.lexsort((-total[moved], first))
+        return tuple(int(row) for row in moved[order][:12])
 
     def largest_by_layer(self, values: FloatArray) -> list[tuple[str, int]]:
         """Each layer's row with the largest value, largest layer first; NaN rows left out."""

@@ -44,6 +44,7 @@ def run_window(table: pa.Table) -> RunWindow:
         },
         identities=tuple(rows),
         statistics=statistics,
+        events=tuple((record.step, event.kind) for record in records for event in record.events),
     )
 
 

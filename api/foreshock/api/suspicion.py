@@ -40,4 +40,5 @@ def suspect_of(records: Sequence[StepRecord]) -> Suspect | None:
         layers=first.layers,
         share=len(first.layers) / len(watched) if watched else 0.0,
         probability=first.probability,
+        since=first.since_step,
     )

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from foreshock.api.access.scopes import READ
 from foreshock.api.conditional import NOT_MODIFIED, QuestionDep
+from foreshock.api.diagnosis import CAUSES
 from foreshock.api.precision_advice import abstains, precision_advice
 from foreshock.api.routes.live_parts import Live, Number, WantedRun
 from foreshock.api.routes.parameters import AttemptNumber
@@ -28,7 +29,7 @@ router = APIRouter(tags=["risk"])
 class CauseModel(BaseModel):
     """One likely cause."""
 
-    name: str = Field(description="learning_rate, scale, underflow, outlier, bad_data or unknown")
+    name: str = Field(description=f"{', '.join(CAUSES[:-1])} or {CAUSES[-1]}")
     probability: Number
     layers: list[str] = Field(description="Most affected first")
     role: str | None

@@ -66,13 +66,16 @@ class Suspect:
     """The likeliest cause of an alarm.
 
     Attributes:
-        name: learning_rate, scale, outlier, underflow, bad_data, ... or unknown.
+        name: learning_rate, scale, outlier, underflow, bad_data, optimizer_state, attention, ... or
+            unknown.
         layers: Qualified names of the layers that show it; may be empty.
         share: Share of the watched layers that are among them.
         probability: Of the cause.
+        since: Step at which what shows it began to move; None = cannot say.
     """
 
     name: str
     layers: tuple[str, ...] = ()
     share: float = 0.0
     probability: float = 0.0
+    since: int | None = None

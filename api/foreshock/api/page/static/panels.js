@@ -12,6 +12,8 @@ export const CAUSES = {
   outlier: "Activation outlier",
   underflow: "Underflow",
   bad_data: "Bad data",
+  optimizer_state: "Lost optimizer state",
+  attention: "Attention logits",
   unknown: "Unknown cause",
 };
 

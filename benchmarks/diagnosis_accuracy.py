@@ -295,8 +295,9 @@ def main() -> None:
     if given.fit:
         from benchmarks.diagnosis_fit import write_weights
 
-        write_weights(subjects)
-        subjects = judge(given.runs, RANGES[given.range or given.runs.name])
+        seeds = given.range or given.runs.name
+        write_weights(subjects, f"{seeds}: {RANGES[seeds]} and on")
+        print("written; what follows is of the weights before")
     document = {"digest": digest(), "subjects": subjects}
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)

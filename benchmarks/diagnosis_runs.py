@@ -25,14 +25,7 @@ __all__ = ["CAUSE_OF", "RANGES", "Kept", "Subject", "kept", "stack_of"]
 
 RANGES: Final = {"look": 5 << 40, "judge": 6 << 40}
 STEPS: Final = 320
-_STACKS: Final = (
-    ("llama3", 4),
-    ("fog_max", 4),
-    ("olmo2", 2),
-    ("llama3", 8),
-    ("fog_max", 2),
-    ("olmo2", 4),
-)
+_STACKS: Final = (("llama3", 4), ("fog_max", 4), ("olmo2", 8), ("llama3", 4), ("fog_max", 8))
 """Architecture and cadence of each stack."""
 _MILD: Final = 2
 """Stacks whose faults are small; the others' are of the size of those that end runs."""
@@ -356,7 +349,10 @@ def kept(number: int, seeds: int, path: Path) -> Iterator[Kept]:
     with np.load(path) as file:
         names, scalars = file["names"], file["scalars"].astype(np.float64)
         statistics, measured = file["statistics"], file["measured"]
-        identities = tuple(TensorIdentity(*map(str, row)) for row in file["identities"])
+        identities = tuple(
+            TensorIdentity(str(layer), str(role), str(name))
+            for layer, role, name in file["identities"]
+        )
         tensors = file["tensors"].astype(np.float64)
     largest = np.array([FORMATS[identity.format].largest for identity in identities])
     shape = (len(measured), tensors.shape[1], len(statistics), len(identities))
@@ -380,10 +376,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--range", choices=sorted(RANGES), required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stacks", type=int, default=4)
+    parser.add_argument("--stacks", type=int, nargs="+", default=[0, 1, 2, 3])
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    for number in range(given.stacks):
+    for number in given.stacks:
         path = given.out / f"{number}.npz"
         if not path.exists():
             began = time.process_time()

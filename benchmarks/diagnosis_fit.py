@@ -36,7 +36,7 @@ def fitted(
         strengths: Of every run, cause to strength; "unknown" is left out and has 0.
         causes: The true one of every run. A cause that no run has gets the mean bias of the others.
     """
-    known = [name for name in CAUSES if name in set(causes) and name != "unknown"]
+    known: list[str] = [name for name in CAUSES if name in set(causes) and name != "unknown"]
     table = np.array([[run[name] for name in known] for run in strengths])
     truth = np.array([known.index(c) if c in known else len(known) for c in causes])
 
@@ -50,7 +50,7 @@ def fitted(
 
     best = minimize(loss, np.zeros(len(known) + 1), method="BFGS").x
     slope = float(np.exp(best[0]))
-    biases = dict(zip(known, map(float, best[1:]), strict=True))
+    biases: dict[str, float] = dict(zip(known, map(float, best[1:]), strict=True))
     other = float(np.mean(best[1:]))
     return {
         name: {"slope": 0.0, "bias": 0.0}

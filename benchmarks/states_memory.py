@@ -10,14 +10,21 @@ and two moments (16 bytes, FP8-LM equation 7), not counting its GEMM's bfloat16 
 level's row counts. On a device `allocated` is the allocator's own figure for the same moment.
 
 `loss` trains each level on the same text from the same weights in the same order, with the GEMMs in
-bfloat16 and in FP8, and prints the loss on held-out text beside that of O0 with bfloat16 GEMMs.
+bfloat16 and in FP8, and prints the loss on held-out text beside that of O0 with bfloat16 GEMMs,
+pair by pair, with the mean of the pairs and its standard error. What a difference of 0.01 nat wants
+is many seeds of a small model that ends on a decayed rate:
+
+    python -m benchmarks.states_memory --part loss --width 32 --layers 2 --length 64 --steps 400
+        --decay 0.5 --seeds 16 --rows "bf16 O0" "bf16 O2" "FP8 O2" "bf16 O2, moments in blocks"
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, get_args
 
 import torch
@@ -27,6 +34,7 @@ from foreshock.trainer.config import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
+    OptimizerConfig,
     PrecisionConfig,
     RunConfig,
     ScheduleConfig,
@@ -43,6 +51,11 @@ GEMMS: Final[Mapping[str, PrecisionConfig]] = {
     "FP8": PrecisionConfig(),
 }
 COAT: Final = StatesConfig(level="O2", exp_avg_sq="e4m3", block=128, range_expansion=True)
+APART: Final = {
+    "O2, moments in blocks": StatesConfig(level="O2", block=128),
+    "O2, first moment fp32": StatesConfig(level="O2", exp_avg="fp32"),
+}
+"""Which part of O2 a loss is due to; the table of bytes leaves them out."""
 
 
 def levels() -> dict[str, StatesConfig]:
@@ -139,17 +152,23 @@ class Job:
     steps: int
     width: int
     batches: int
+    layers: int = 4
+    heads: int = 4
+    length: int = 128
+    rate: float = 2e-3
+    decay: float = 0.2
 
 
 def final_loss(job: Job) -> float:
     """Held-out loss after the run's last step, nats per token."""
     config = RunConfig(
         name="states",
-        model=ModelConfig(width=job.width),
+        model=ModelConfig(width=job.width, layers=job.layers, heads=job.heads),
         precision=GEMMS[job.gemms],
-        states=levels()[job.level],
-        schedule=ScheduleConfig(decay_share=0.2),
-        data=DataConfig(held_out=0.02),
+        states=(levels() | APART)[job.level],
+        optimizer=OptimizerConfig(learning_rate=job.rate),
+        schedule=ScheduleConfig(decay_share=job.decay),
+        data=DataConfig(held_out=0.02, sequence_length=job.length),
         evaluation=EvaluationConfig(every=job.steps, batches=job.batches),
         steps=job.steps,
         seed=job.seed,
@@ -159,21 +178,40 @@ def final_loss(job: Job) -> float:
     return loss
 
 
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """Seed by seed, so that a run that is ended early has whole ones."""
+    every = [f"{gemms} {level}" for gemms in GEMMS for level in levels()]
+    sizes = {name: getattr(options, name) for name in ("layers", "heads", "length", "rate")}
+    jobs = []
+    for seed in range(options.seeds):
+        for name in options.rows or every:
+            gemms, level = name.split(" ", 1)
+            if gemms not in GEMMS or level not in levels() | APART:
+                known = [*levels(), *APART]
+                raise ValueError(f"row {name!r}; allowed: {list(GEMMS)}, a blank, {known}")
+            jobs.append(
+                Job(
+                    gemms,
+                    level,
+                    seed,
+                    options.steps,
+                    options.width,
+                    options.batches,
+                    decay=options.decay,
+                    **sizes,
+                )
+            )
+    return jobs
+
+
 def print_losses(options: argparse.Namespace) -> None:
     """The table of losses; runs are told as they end."""
-    first = Job("bf16", "O0", 0, options.steps, options.width, options.batches)
-    jobs = [
-        replace(first, gemms=gemms, level=level, seed=seed)
-        for seed in range(options.seeds)
-        for gemms in GEMMS
-        for level in levels()
-    ]
     losses: dict[tuple[str, str], dict[int, float]] = {}
-    for job, loss in side_by_side(final_loss, jobs, options.processes):
+    for job, loss in side_by_side(final_loss, jobs_of(options), options.processes):
         print(f"{job.gemms} {job.level} seed {job.seed}: {loss:.4f}", flush=True)
         losses.setdefault((job.gemms, job.level), {})[job.seed] = loss
-    row("GEMMs", "level", "held-out loss", "over bf16 O0, by seed", "mean")
-    row(*["---"] * 5)
+    row("GEMMs", "level", "held-out loss", "over bf16 O0, by seed", "mean", "standard error")
+    row(*["---"] * 6)
     base = losses.get(("bf16", "O0"), {})
     for (gemms, level), found in sorted(losses.items()):
         seeds = sorted(set(found) & set(base))
@@ -181,7 +219,15 @@ def print_losses(options: argparse.Namespace) -> None:
         if gaps:
             mean = sum(found[s] for s in seeds) / len(seeds)
             each = ", ".join(f"{gap:+.4f}" for gap in gaps)
-            row(gemms, level, f"{mean:.4f}", each, f"{sum(gaps) / len(gaps):+.4f}")
+            middle, error = mean_and_error(gaps)
+            row(gemms, level, f"{mean:.4f}", each, f"{middle:+.4f}", f"{error:.4f}")
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error: sample deviation / sqrt(n), NaN for one value."""
+    count = len(values)
+    error = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
+    return statistics.fmean(values), error
 
 
 def main() -> None:
@@ -194,6 +240,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--decay", type=float, default=0.2, help="share of the steps")
+    parser.add_argument("--rows", nargs="*", default=[], help='such as "bf16 O0"; all levels')
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if options.part != "loss":

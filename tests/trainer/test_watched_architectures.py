@@ -9,12 +9,14 @@ from typing import get_args
 import pyarrow as pa
 import pytest
 import torch
+from torch import Tensor
 
 from foreshock.monitor.record import StepRecord, table_to_records
 from foreshock.monitor.sinks import StepRecordSink
 from foreshock.trainer.config import Architecture, ModelConfig, RunConfig
 from foreshock.trainer.loop import train
 from foreshock.trainer.model import Decoder
+from foreshock.trainer.precision import Fp8Linear
 from foreshock.trainer.recipes import debug_cpu
 from foreshock.trainer.watched import watched
 
@@ -113,3 +115,32 @@ def test_an_idle_expert_is_on_record_as_zeros(tmp_path: Path) -> None:
     assert len(idle) == 2
     assert all(row.kurtosis is None for row in idle)
     assert records[-1].scalars["loss"] < 6
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_smoothed_layer_is_measured_as_its_gemm_is_fed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cast: list[tuple[str, float]] = []
+    plain = Fp8Linear.cast_operand
+
+    def noted(self: Fp8Linear, role: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.in_features == run.model.gated_ffn_width and role != "grad_output":
+            cast.append((role, float(x.detach().abs().max())))
+        return plain(self, role, x)
+
+    monkeypatch.setattr(Fp8Linear, "cast_operand", noted)
+    run, records = run_of("llama3_smooth_swiglu"), Kept()
+    train(run, watch=watched(run, spool=tmp_path, sinks=[StepRecordSink(records.append)]))
+    shown = [
+        (tensor.identity.role, tensor.amax)
+        for record in records
+        for tensor in record.tensors
+        if tensor.identity.layer.endswith(".down") and tensor.identity.role != "grad_output"
+    ]
+    assert len(cast) == len(shown) == 3 * 2 * 2
+    for (role, amax), (shown_role, shown_amax) in zip(cast, shown, strict=True):
+        assert role == shown_role
+        assert amax == pytest.approx(shown_amax, rel=1e-6)
+    # The input is smoothed to one, which the weight's columns pay for: the parameter has less.
+    assert all(amax == pytest.approx(1, rel=1e-2) for role, amax in cast if role == "input")

@@ -17,6 +17,7 @@ __all__ = [
     "DTYPE_FORMATS",
     "OPERAND_ROLES",
     "CastTap",
+    "ChangedWeight",
     "KeptAsCodes",
     "ObservableStates",
     "Observer",
@@ -65,6 +66,19 @@ class QuantizedGemm(Protocol):
 
     def operand(self, role: str) -> Operand:
         """The cast of the operand `role`: input, weight or grad_output."""
+        ...
+
+
+@runtime_checkable
+class ChangedWeight(Protocol):
+    """A `QuantizedGemm` that may multiply by another matrix than its parameter `weight`.
+
+    Such as one whose columns take the inverse of what smooths the input. Asked after a forward
+    pass, while what changed the weight still holds.
+    """
+
+    def gemm_weight(self) -> torch.Tensor:
+        """What the cast of the operand `weight` was given, outputs x inputs."""
         ...
 
 

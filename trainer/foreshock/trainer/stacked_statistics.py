@@ -105,7 +105,7 @@ class StackStatistics:
             if not self._on:
                 return
             self._measure(layer, "input", row, args[0])
-            self._measure(layer, "weight", row + 1, layer.weight)
+            self._measure(layer, "weight", row + 1, layer.gemm_weight())
             output.register_hook(backward)  # type: ignore[no-untyped-call]
 
         def backward(gradient: Tensor) -> None:

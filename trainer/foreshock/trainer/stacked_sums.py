@@ -149,7 +149,7 @@ class DeviceStatistics:
             if not self._on:
                 return
             self._kept[row] = args[0].detach()
-            self._kept[row + 1] = layer.weight.detach()
+            self._kept[row + 1] = layer.gemm_weight().detach()
             output.register_hook(backward)  # type: ignore[no-untyped-call]
 
         def backward(gradient: Tensor) -> None:

@@ -17,7 +17,13 @@ from torch.utils.hooks import RemovableHandle
 from foreshock.monitor import ops
 from foreshock.monitor.collector import operand_code
 from foreshock.monitor.layers.adapter import HookContext, tensors_in
-from foreshock.monitor.operands import DTYPE_FORMATS, OPERAND_ROLES, Operand, QuantizedGemm
+from foreshock.monitor.operands import (
+    DTYPE_FORMATS,
+    OPERAND_ROLES,
+    ChangedWeight,
+    Operand,
+    QuantizedGemm,
+)
 from foreshock.monitor.placement import local_of
 
 __all__ = ["GemmAdapter", "OperandOf", "watch_gemm"]
@@ -57,6 +63,15 @@ class _Told(OperandOf):
         return self._layer.operand(role)
 
 
+class _ToldWeight(_Told):
+    """Asks the layer for its weight too."""
+
+    def weight(self, module: nn.Module) -> object:
+        assert isinstance(module, ChangedWeight)
+        with torch.no_grad():
+            return module.gemm_weight()
+
+
 class GemmAdapter:
     """Watches nn.Linear and `QuantizedGemm`s."""
 
@@ -76,7 +91,9 @@ class GemmAdapter:
     ) -> Sequence[RemovableHandle]:
         """Hooks for input, weight and output gradient."""
         # Asked once: a protocol check costs more than the rest of a hook.
-        told = _Told(module) if isinstance(module, QuantizedGemm) else OperandOf()
+        if not isinstance(module, QuantizedGemm):
+            return watch_gemm(name, module, context, OperandOf())
+        told = (_ToldWeight if isinstance(module, ChangedWeight) else _Told)(module)
         return watch_gemm(name, module, context, told)
 
 

@@ -76,7 +76,7 @@ class BlockLinear(GemmLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), x's type."""
         flat = x.reshape(*self.lead, -1, self.in_features)
-        y: Tensor = _BlockMatmul.apply(flat, self._gemm_weight(), self)  # type: ignore[no-untyped-call]
+        y: Tensor = _BlockMatmul.apply(flat, self.gemm_weight(), self)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:

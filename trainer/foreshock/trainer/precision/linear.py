@@ -79,7 +79,11 @@ class GemmLinear(nn.Module, ABC):
             self._input_gain = held
         return y
 
-    def _gemm_weight(self) -> Tensor:
+    def gemm_weight(self) -> Tensor:
+        """The weight as its operand is cast: columns divided by the input's gain, if there is one.
+
+        What a monitor measures (`foreshock.monitor.operands.ChangedWeight`).
+        """
         gain = self._input_gain
         return self.weight if gain is None else self.weight / gain[..., None, :]
 
@@ -106,10 +110,10 @@ class Bf16Linear(GemmLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), x's type."""
         if torch.compiler.is_compiling() and not self.lead:
-            weight = self._gemm_weight().to(GEMM_DTYPE)
+            weight = self.gemm_weight().to(GEMM_DTYPE)
             return nn.functional.linear(x.to(GEMM_DTYPE), weight).to(x.dtype)
         flat = x.reshape(*self.lead, -1, self.in_features).to(GEMM_DTYPE)
-        y = bf16_product(flat, self._gemm_weight())
+        y = bf16_product(flat, self.gemm_weight())
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -217,9 +221,9 @@ class Fp8Linear(GemmLinear):
         flat = x.reshape(*self.lead, -1, self.in_features)
         y: Tensor
         if self.in_bf16:
-            y = bf16_product(flat, self._gemm_weight())
+            y = bf16_product(flat, self.gemm_weight())
         else:
-            y = _QuantizedMatmul.apply(flat, self._gemm_weight(), self)  # type: ignore[no-untyped-call]
+            y = _QuantizedMatmul.apply(flat, self.gemm_weight(), self)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def cast_operand(self, role: str, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ class NativeLinear(Fp8Linear):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, T, in_features) to (B, T, out_features), x's type."""
-        flat, weight = x.reshape(-1, self.in_features), self._gemm_weight()
+        flat, weight = x.reshape(-1, self.in_features), self.gemm_weight()
         y = bf16_product(flat, weight) if self.in_bf16 else self._product(flat, weight)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 

@@ -35,7 +35,7 @@ class ExactLinear(GemmLinear):
         return Operand("fp32", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("...btd,...od->...bto", x, self._gemm_weight())
+        return torch.einsum("...btd,...od->...bto", x, self.gemm_weight())
 
 
 def exact_linear(

@@ -59,9 +59,10 @@ APART: Final = {
 
 
 def levels() -> dict[str, StatesConfig]:
-    """The rows: the four levels, and O2 with COAT's FP8 second moment."""
+    """The rows: the four levels, O0 with bfloat16 parameters, O2 with COAT's second moment."""
     named = {name: StatesConfig(level=name) for name in get_args(Level)}
-    return named | {"O2, second moment e4m3 (COAT)": COAT}
+    narrow = {"O0, parameters bfloat16": StatesConfig(parameters="bfloat16")}
+    return named | narrow | {"O2, second moment e4m3 (COAT)": COAT}
 
 
 @dataclass(frozen=True, slots=True)

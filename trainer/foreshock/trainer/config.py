@@ -388,6 +388,16 @@ class RunConfig:
             and (self.forget_optimizer_at == 0 or self.states.level == "O0"),
             "forget_optimizer_at is 0, or a step of a run whose states.level is O0",
         )
+        narrow = self.states.parameters == "bfloat16"
+        require(
+            not narrow or self.precision.backend != "transformer_engine",
+            "states.parameters is bfloat16 with Transformer Engine's layers, which keep float32; "
+            "allowed: backends bf16, emulated, native",
+        )
+        require(
+            not narrow or self.execution.parallel == "ddp",
+            "states.parameters is bfloat16 under fsdp2; allowed: execution.parallel ddp",
+        )
         require(self.tensor_every > 0, f"tensor_every is {self.tensor_every}; allowed: 1 or more")
 
     def as_dict(self) -> dict[str, object]:

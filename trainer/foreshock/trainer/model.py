@@ -123,7 +123,8 @@ class Decoder(nn.Module):
         head = self.embedding if self.head is None else self.head
         if self.narrow and targets is not None:
             return self._balanced(self.head_loss(flat, head, targets.reshape(-1)))
-        logits = flat.to(head.dtype) @ head.transpose(-1, -2)
+        weight = head.float() if head.dtype == torch.bfloat16 else head
+        logits = flat.to(weight.dtype) @ weight.transpose(-1, -2)
         if targets is None:
             return logits.view(*tokens.shape, self.config.vocabulary)
         rows = logits.view(-1, self.config.vocabulary)
@@ -152,5 +153,7 @@ class Decoder(nn.Module):
             models = torch.arange(self.lead[0], device=tokens.device)
             tokens = tokens + self.config.vocabulary * models[:, None, None]
         x = functional.embedding(tokens, self.embedding.reshape(-1, self.config.width))
+        if x.dtype == torch.bfloat16:
+            x = x.float()
         x = x * self._multiplier if self._multiplier != 1.0 else x
         return x.to(torch.bfloat16) if self.narrow else x

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from foreshock.trainer.config import CommunicationConfig, OptimizerConfig, StatesConfig
 from foreshock.trainer.fp8lm import Fp8AdamW, fp8_optimizer
+from foreshock.trainer.master_adamw import MasterAdamW
 
 __all__ = ["clip_gradients", "make_optimizer", "set_learning_rate"]
 
@@ -24,14 +25,14 @@ def make_optimizer(
     config: OptimizerConfig,
     states: StatesConfig | None = None,
     communication: CommunicationConfig | None = None,
-) -> torch.optim.AdamW | Fp8AdamW:
+) -> torch.optim.AdamW | MasterAdamW | Fp8AdamW:
     """AdamW in two groups: tensors of two and more dimensions decay, gains and scalars do not.
 
     Args:
         model: From level O1 on its matrices are replaced by their codes; so this comes before any
             wrapper or watch.
         config: Settings.
-        states: Formats; None is level O0, torch's AdamW.
+        states: Formats; None is level O0 with float32 parameters, torch's AdamW.
         communication: How FP8 gradients are reduced.
     """
     if states is not None and states.level != "O0":
@@ -49,6 +50,10 @@ def make_optimizer(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if states is not None and states.parameters == "bfloat16":
+        betas = (config.beta1, config.beta2)
+        given = [group for group in groups if group["params"]]
+        return MasterAdamW(given, config.learning_rate, betas, config.eps, config.weight_decay)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
@@ -85,7 +90,9 @@ def clip_gradients(
         if limit is not None:
             _scale_down(gradients, limit, norm)
         return norm
-    norm = nn.utils.get_total_norm(gradients)
+    # Of bfloat16 gradients the norm would be bfloat16 too.
+    wide = [g.float() if g.dtype == torch.bfloat16 else g for g in gradients]
+    norm = nn.utils.get_total_norm(wide)
     if limit is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
     return norm

@@ -89,6 +89,8 @@ def check_alike(configs: Sequence[RunConfig], *, texts: bool = True) -> None:
             raise ValueError(f"runs of one stack share {name}; these have {len(values)} different")
     if any(config.states.level != "O0" for config in configs):
         raise ValueError("a stack keeps float32 states: states.level is O0; train alone for O1")
+    if any(config.states.parameters != "float32" for config in configs):
+        raise ValueError("a stack keeps float32 weights; train alone for parameters in bfloat16")
     if any(c.initial or c.data.source == "instructions" for c in configs):
         raise ValueError("a stack trains on text from drawn weights; fine-tune each run alone")
 

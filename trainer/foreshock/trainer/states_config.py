@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from foreshock.trainer.config_fields import later
+
 __all__ = ["CommunicationConfig", "Level", "StateFormat", "StatesConfig"]
 
 StateFormat = Literal["e4m3", "e5m2", "fp16", "bf16", "fp32"]
@@ -41,6 +43,8 @@ class StatesConfig:
         range_expansion: FP8 moments in COAT's f(x) = sign(x) |x|^k; needs `block`.
         stochastic_rounding: Round an fp16 or bf16 master up or down by chance, unbiased.
         rounding_seed: Of that chance.
+        parameters: Of level O0: float32, or bfloat16 matrices (GEMMs, embedding, head) and their
+            gradients, with a float32 master each in the optimizer, as mixed precision usually is.
         accumulate: How micro-batches add up: e4m3 (add in float32, store FP8 each time), bf16, or
             fp32; the last two are cast to FP8 once, before the reduction.
     """
@@ -54,6 +58,7 @@ class StatesConfig:
     stochastic_rounding: bool = False
     rounding_seed: int = 0
     accumulate: Literal["e4m3", "bf16", "fp32"] = "e4m3"
+    parameters: Literal["float32", "bfloat16"] = later("float32")
 
     def __post_init__(self) -> None:
         levels = ("O0", "O1", "O2", "O3")
@@ -69,6 +74,13 @@ class StatesConfig:
         _require(
             self.block > 0 or not self.range_expansion,
             "range_expansion needs block; COAT's is 128",
+        )
+        kinds = ("float32", "bfloat16")
+        _require(self.parameters in kinds, f"parameters is {self.parameters!r}; allowed: {kinds}")
+        _require(
+            self.parameters == "float32" or self.level == "O0",
+            f"parameters is bfloat16 at level {self.level}, which has a format of its own for "
+            "weights; allowed there: float32",
         )
         ways = ("e4m3", "bf16", "fp32")
         _require(self.accumulate in ways, f"accumulate is {self.accumulate!r}; allowed: {ways}")

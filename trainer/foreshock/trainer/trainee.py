@@ -23,6 +23,7 @@ from foreshock.trainer.checkpoint import load_weights
 from foreshock.trainer.compiled import compile_model
 from foreshock.trainer.config import RunConfig
 from foreshock.trainer.fp8lm import Fp8AdamW
+from foreshock.trainer.master_adamw import keep_in_bfloat16
 from foreshock.trainer.model import Decoder
 from foreshock.trainer.optimizer import clip_gradients, make_optimizer
 from foreshock.trainer.precision import Scaling
@@ -82,8 +83,10 @@ def make_trainee(config: RunConfig, world: World) -> Trainee:
         compile_model(model)
     if config.states.level != "O0":
         return _at_level(model, config, world)
+    if config.states.parameters == "bfloat16":
+        keep_in_bfloat16(model)
     entry = _spread(model, config, world)
-    optimizer = make_optimizer(model, config.optimizer)
+    optimizer = make_optimizer(model, config.optimizer, config.states)
     gradients = PlainGradients(model, entry, world)
     return Trainee(model=model, entry=entry, optimizer=optimizer, gradients=gradients)
 

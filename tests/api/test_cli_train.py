@@ -113,6 +113,8 @@ def test_settings_come_from_recipe_file_and_command_line_in_this_order(tmp_path:
     assert (config.steps, config.optimizer.beta2) == (3, 0.9)
     assert (config.optimizer.learning_rate, config.model.width) == (3e-3, 16)
     assert config.model.layers == RECIPES["debug_cpu"](0).model.layers
+    told = run_config("debug_cpu", data=tmp_path, assignments=["data.source=tokens"])
+    assert (told.data.source, told.data.folder) == ("tokens", str(tmp_path))
     alone = tmp_path / "run.json"
     alone.write_text(json.dumps(config.as_dict()))
     assert run_config(None, file=alone) == config

@@ -55,10 +55,10 @@ def run_config(
     assert config is not None
     if seed is not None and file is not None:
         config = replace(config, seed=seed)
-    config = overridden(config, assignments)
+    # With the others: a source that needs a path is checked together with it.
+    folder = [] if data is None else [f"data.folder={data}"]
+    config = overridden(config, [*assignments, *folder])
     config = replace(config, name=name or config.name, steps=steps or config.steps)
-    if data is not None:
-        config = replace(config, data=replace(config.data, folder=str(data)))
     return config
 
 

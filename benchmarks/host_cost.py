@@ -66,7 +66,8 @@ class Passing(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         """The gradient of each parameter is the parameter."""
         (gradient,) = gradients
-        parameters = ctx.saved_tensors[len(ctx.saved_tensors) - ctx.parameters :]
+        saved = ctx.saved_tensors
+        parameters = saved[len(saved) - ctx.parameters :]
         return (gradient.clone(), None, *(p.detach() for p in parameters))
 
 

@@ -99,7 +99,8 @@ class ExactRows:
             for entry, row in zip(entries, rows, strict=True)
             if float(row[SUM_FIELDS.index("observations")]) > 0
         ]
-        self.sources.append([entry.source for entry, _ in used])
+        history = [entry.source for entry in found.history_entries]
+        self.sources.append([entry.source for entry, _ in used] + history)
         for entry, row in used:
             if entry.source == "exact":
                 self.first.setdefault((entry.identity.layer, entry.identity.role), row)

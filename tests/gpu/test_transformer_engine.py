@@ -20,6 +20,7 @@ from foreshock.monitor.session import Watch
 from foreshock.monitor.settings import WatchSettings
 from foreshock.monitor.sinks import StepRecordSink
 from foreshock.monitor.statistics import SUM_FIELDS
+from foreshock.monitor.table import extremes_only
 
 # Attention's backward pass adds in any order unless told otherwise.
 os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
@@ -132,6 +133,14 @@ def test_nothing_waits_for_the_device(recipe: str, every: int) -> None:
     assert len(run.records) == 7
 
 
+def rows_of_history(taken: Any) -> list[tuple[Any, Any]]:
+    """Entries and rows of tensors of which only scales and largest magnitudes are known."""
+    if not taken.history:
+        return []
+    kept = torch.cat(taken.history).double().cpu().numpy().reshape(-1, 2)
+    return [*zip(taken.history_entries, extremes_only(kept, taken.history_entries), strict=True)]
+
+
 class Spy:
     """What a watch's collector took, and the codes that it was given."""
 
@@ -144,7 +153,7 @@ class Spy:
 
         def taken() -> Any:
             found = take()
-            pairs = [*zip(found.entries, found.sums, strict=True)]
+            pairs = [*zip(found.entries, found.sums, strict=True), *rows_of_history(found)]
             if found.device is not None:
                 pairs += [*zip(found.device_entries, found.device, strict=True)]
             for entry, row in pairs:

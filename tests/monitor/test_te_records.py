@@ -6,13 +6,21 @@ import math
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from nvdlfw_inspect.logging import MetricLogger
 
-from foreshock.monitor.layers.te_history import history_rows
-from foreshock.monitor.record import FIELD_REDUCTIONS, StepRecord, TensorSums, table_to_records
+from foreshock.monitor.entry import Entry
+from foreshock.monitor.record import (
+    FIELD_REDUCTIONS,
+    StepRecord,
+    TensorIdentity,
+    TensorSums,
+    table_to_records,
+)
+from foreshock.monitor.table import extremes_only
 from foreshock.monitor.te_records import TEStatistic, parse_te_name, te_record
 from foreshock.monitor.transformer_engine import TEStatsLogger, te_debug
 
@@ -123,15 +131,10 @@ def test_wrong_use_of_debug_mode_is_refused(tmp_path: Path) -> None:
 
 
 def test_history_rows_say_extremes_and_nothing_else() -> None:
-    neutral = [
-        {"sum": 0.0, "max": -math.inf, "min": math.inf}[h] for h in FIELD_REDUCTIONS.values()
-    ]
-    neutral[list(FIELD_REDUCTIONS).index("observations")] = 1.0
-    rows = history_rows(
-        torch.tensor([[2.0, 8.0], [0.0, 1.0], [896.0, 1.0]]),
-        torch.tensor([448.0, 57344.0, 448.0]).double(),
-        torch.tensor(neutral).double(),
-    ).numpy()
+    kept = np.array([[2.0, 8.0], [0.0, 1.0], [896.0, 1.0]])
+    formats = ("e4m3", "e5m2", "e4m3")
+    entries = [Entry(TensorIdentity("layer", "input", format), None) for format in formats]
+    rows = extremes_only(kept, entries)
     columns = {name: rows[:, i] for i, name in enumerate(FIELD_REDUCTIONS)}
     sums = TensorSums(
         **columns, amax_rank=columns["amax"] * 0, quantized=columns["amax"] > -math.inf

@@ -28,7 +28,7 @@ from foreshock.monitor.record import (
 from foreshock.monitor.record.model import ROLES
 from foreshock.monitor.reduction import Merged, RankStep, as_single, with_norms
 from foreshock.monitor.snapshot import Snapshot
-from foreshock.monitor.table import SumTable
+from foreshock.monitor.table import SumTable, extremes_only
 from foreshock.monitor.transfer import HostArray
 
 __all__ = ["Assembler"]
@@ -154,12 +154,13 @@ class Assembler:
     def _table(self, snapshot: Snapshot, arrays: Mapping[str, HostArray]) -> SumTable:
         sums = arrays["sums"].reshape(len(snapshot.entries), _FIELDS)
         device = arrays["device"].reshape(len(snapshot.device_entries), _FIELDS + 1)
+        history = extremes_only(arrays["history"].reshape(-1, 2), snapshot.history_entries)
         micro_batches = np.array([e.micro_batch or 0 for e in snapshot.entries], dtype=float)
         first = np.where(sums[:, _NONFINITE] > 0, micro_batches, np.inf)
         return SumTable.of(
-            (*snapshot.entries, *snapshot.device_entries),
-            np.concatenate([sums, device[:, :_FIELDS]]),
-            np.concatenate([first, device[:, _FIELDS]]),
+            (*snapshot.entries, *snapshot.history_entries, *snapshot.device_entries),
+            np.concatenate([sums, history, device[:, :_FIELDS]]),
+            np.concatenate([first, np.full(len(history), np.inf), device[:, _FIELDS]]),
             rank=self._rank,
             vectors={
                 "channels": _pieces(snapshot.channels, arrays["channels"]),

@@ -50,6 +50,8 @@ class Taken:
 
     Attributes:
         entries, sums: One row of `SUM_FIELDS` each.
+        history_entries, history: Largest magnitudes and scales in force, two numbers an entry, of
+            tensors of which nothing else is known.
         device_entries, device: Rows of the device buffer, with one more column; None for none.
         channels: Channel sums per identity.
         blocks: Histograms of block scales per identity.
@@ -62,6 +64,8 @@ class Taken:
 
     entries: list[Entry] = field(default_factory=list)
     sums: list[torch.Tensor] = field(default_factory=list)
+    history_entries: list[Entry] = field(default_factory=list)
+    history: list[torch.Tensor] = field(default_factory=list)
     device_entries: tuple[Entry, ...] = ()
     device: torch.Tensor | None = None
     channels: dict[TensorIdentity, torch.Tensor] = field(default_factory=dict)
@@ -77,7 +81,12 @@ class Taken:
     def bytes(self) -> int:
         """Memory of all of it."""
         vectors = (self.channels, self.blocks, self.exponents, self.mus)
-        held = [*self.sums, *self.probes, *(v for of in vectors for v in of.values())]
+        held = [
+            *self.sums,
+            *self.history,
+            *self.probes,
+            *(v for of in vectors for v in of.values()),
+        ]
         if self.device is not None:
             held.append(self.device)
         return self.stacked + sum(x.numel() * x.element_size() for x in held)
@@ -190,6 +199,10 @@ class Collector(ops.Receiver):
         self._weighed.add(layer)
         return True
 
+    def still_weighs(self, layer: str) -> bool:
+        """The same, asked without saying that it will be."""
+        return layer not in self._weighed
+
     def begin(self) -> None:
         """A training forward pass of the model begins inside a graph."""
         self.on_begin()
@@ -259,6 +272,28 @@ class Collector(ops.Receiver):
         elif self._probe:
             self._probe_sum(entry, local)
 
+    def room(self, *, lasting: bool) -> DeviceRows | None:
+        """Rows in which whole plain tensors may wait now, as ones like them did before.
+
+        Args:
+            lasting: Whether they and their scales stay as they are until `flush`.
+        """
+        return self._rows if lasting and self._quick and not self._in_graph else None
+
+    def known(self, layer: str, role: str, how: object) -> Known | None:
+        """What was worked out for a tensor that has waited.
+
+        Args:
+            layer: Its name.
+            role: Of the tensor, in the first call of the layer.
+            how: The operand, or the codes' format, that it came with.
+        """
+        found = self._known.get((layer, role, 0))
+        if found is None or found[0] is not how or self._rows is None:
+            return None
+        _, known = found
+        return None if known.slot.apart or known.generation != self._rows.generation else known
+
     def _wait_again(
         self,
         place: tuple[str, str, int],
@@ -326,13 +361,11 @@ class Collector(ops.Receiver):
         if self._rows is not None:
             self._rows.flush(recording=self.recording)
 
-    def observe_row(
-        self, identity: TensorIdentity, row: torch.Tensor, *, source: str | None
-    ) -> None:
-        """Take a row of sums that somebody else made, shape (fields,), on the device."""
+    def observe_history(self, entries: Sequence[Entry], kept: torch.Tensor) -> None:
+        """Take largest magnitude and scale in force of tensors, in turn; on the device."""
         if self.measuring:
-            self._taken.entries.append(Entry(identity, self.micro_batch, WHOLE, source))
-            self._taken.sums.append(row)
+            self._taken.history_entries += entries
+            self._taken.history.append(kept)
 
     def observe_codes(
         self,

@@ -10,13 +10,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import torch
 
+from foreshock.monitor.arena import Arena
 from foreshock.monitor.entry import Entry
 from foreshock.monitor.formats import format_named
 from foreshock.monitor.record import EXPONENTS, FIELD_REDUCTIONS
+
+if TYPE_CHECKING:
+    from foreshock.monitor.together import Group
 
 __all__ = ["ROW_FIELDS", "DeviceRows", "Known", "Slot"]
 
@@ -26,7 +30,6 @@ ROW_FIELDS: Final = len(FIELD_REDUCTIONS) + 1
 _NEUTRAL: Final = {"sum": 0.0, "max": -torch.inf, "min": torch.inf}
 _FIRST_ROWS: Final = 64
 _TIMED_FIRST: Final = 4
-_ARENA: Final = 2**18
 _TIMED_EVERY: Final = 16
 
 
@@ -101,6 +104,9 @@ class DeviceRows:
         device: A CUDA device.
         kernels: `foreshock.monitor.kernels`, loaded only where it can run.
         count_exponents: Count elements by their power of two.
+
+    Attributes:
+        generation: Counts how often what was worked out has ceased to hold.
     """
 
     def __init__(
@@ -113,7 +119,7 @@ class DeviceRows:
         self._slots: dict[Entry, Slot] = {}
         self._entries: tuple[Entry, ...] = ()
         self._count_exponents = count_exponents
-        self._vectors = _Arena(device)
+        self._vectors = Arena(device)
         self._reserved = 0
         # On the device: whether launches read, and the micro-batch in progress.
         self._control = torch.zeros(2, dtype=torch.int32, device=device)
@@ -124,8 +130,7 @@ class DeviceRows:
         self._scratch = kernels.Scratch(device)
         self._together = kernels.Together(self._scratch, self._control)
         self._lost: set[tuple[str, str]] = set()
-        # Counts how often what was worked out has ceased to hold.
-        self._generation = 0
+        self.generation = 0
         self._retired: list[torch.Tensor] = []
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._steps = 0
@@ -204,6 +209,8 @@ class DeviceRows:
         for slot in lost:
             slot.apart = True
             self._lost.add(slot.place)
+        # Plans have such a tensor wait.
+        self.generation += bool(lost)
 
     def add(
         self,
@@ -237,7 +244,7 @@ class DeviceRows:
             if member is not None:
                 if lost := self._together.add(member, x, address, scale, slot):
                     self._leave_out(lost)
-                return Known(slot, member, x.shape, x.stride(), x.dtype, self._generation)
+                return Known(slot, member, x.shape, x.stride(), x.dtype, self.generation)
         found = slot.ready.get(key)
         mark = self._mark(recording)
         if found is not None:
@@ -260,13 +267,29 @@ class DeviceRows:
             or x.shape != known.shape
             or x.stride() != known.stride
             or x.dtype is not known.dtype
-            or known.generation != self._generation
+            or known.generation != self.generation
             or known.slot.apart
         ):
             return False
         if lost := self._together.add(known.member, x, address, scale, known.slot):
             self._leave_out(lost)
         return True
+
+    def group(self, known: Sequence[Known]) -> Group:
+        """Tensors that will always come together; see `add_group`."""
+        group: Group = self._together.group([k.member for k in known], [k.slot for k in known])
+        return group
+
+    def add_group(
+        self,
+        group: Group,
+        tensors: Sequence[torch.Tensor],
+        addresses: Sequence[int],
+        scales: Sequence[torch.Tensor | None],
+    ) -> None:
+        """The same for several, of which the caller has looked at everything already."""
+        if lost := self._together.add_all(group, tensors, addresses, scales):
+            self._leave_out(lost)
 
     def _measure(
         self, slot: Slot, x: torch.Tensor, scale: torch.Tensor | None, detailed: bool
@@ -277,7 +300,7 @@ class DeviceRows:
             if slot.channels is None or len(slot.channels) != features:
                 # What is ready adds to the vector of before.
                 slot.forget()
-                self._generation += 1
+                self.generation += 1
                 slot.channels = self._vectors.take(features)
             channels = slot.channels
         if self._count_exponents and slot.exponents is None:
@@ -314,7 +337,7 @@ class DeviceRows:
                 if lost := self._together.add(member, codes, address, scale_inv, slot):
                     self._leave_out(lost)
                 shape, stride = codes.shape, codes.stride()
-                return Known(slot, member, shape, stride, codes.dtype, self._generation)
+                return Known(slot, member, shape, stride, codes.dtype, self.generation)
         found = slot.ready.get(key)
         mark = self._mark(recording)
         if found is not None:
@@ -433,65 +456,6 @@ class DeviceRows:
         # A graph captured earlier still writes to the old rows.
         self._retired.append(self._rows)
         self._rows = wider
-        self._generation += 1
+        self.generation += 1
         for slot in self._slots.values():
             slot.forget()
-
-
-class _Arena:
-    """Many vectors in few buffers, so that zeroing and copying all of them are few launches."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffers: list[torch.Tensor] = []
-        self._copied: list[torch.Tensor] = []
-        self._free = 0
-        self._wanted = 0
-
-    def reserve(self, size: int) -> None:
-        """So much more will be taken."""
-        self._wanted += size + size % 2
-
-    def prepare(self) -> None:
-        """Make what was reserved, once."""
-        if not self._buffers and self._wanted:
-            self._add(max(_ARENA, self._wanted))
-
-    def _add(self, size: int) -> None:
-        buffer = torch.zeros(size, dtype=torch.float64, device=self._device)
-        self._buffers.append(buffer)
-        self._free = len(buffer)
-
-    def take(self, size: int) -> torch.Tensor:
-        """Zeros that keep their place."""
-        # 16 bytes: Triton has another kernel for addresses that are no multiple of it.
-        size_taken = size + size % 2
-        if size_taken > self._free:
-            self._add(max(_ARENA, size_taken))
-        start = len(self._buffers[-1]) - self._free
-        self._free -= size_taken
-        return self._buffers[-1][start : start + size]
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the buffers and of their last copies."""
-        held = [*self._buffers, *self._copied]
-        return sum(t.numel() * t.element_size() for t in held)
-
-    def zero(self) -> None:
-        """All vectors to zero, queued on the stream."""
-        for buffer in self._buffers:
-            buffer.zero_()
-
-    def copy(self) -> None:
-        """Copy all vectors, queued on the stream."""
-        self._copied = [buffer.clone() for buffer in self._buffers]
-
-    def copy_of(self, vector: torch.Tensor) -> torch.Tensor:
-        """The copy of one vector."""
-        storage = vector.untyped_storage().data_ptr()
-        for buffer, copied in zip(self._buffers, self._copied, strict=True):
-            if buffer.untyped_storage().data_ptr() == storage:
-                start = vector.storage_offset()
-                return copied[start : start + len(vector)]
-        raise ValueError("the vector is of another arena")

@@ -29,12 +29,13 @@ class Snapshot:
         names: Names of the values in the packed groups scalars, gradients and parameters.
         measured: Whether tensors were measured.
         entries: Of the packed group sums, one per tensor that passed by.
+        history_entries: Of the packed group history, two numbers each.
         device_entries: Of the packed group device, one per row of the device's buffer.
         probe_entries: Of the packed group probes: plain sums at a step without statistics.
         channels, blocks, exponents, mus: Identity and width of the channel sums, of the histograms
             of block scales and of elements, and of mu's sum and count.
         packed: Groups scalars, losses (one per micro-batch), gradients and parameters (norms),
-            sums, device, probes, channels, blocks, exponents, mus.
+            sums, history, device, probes, channels, blocks, exponents, mus.
         events: Planned events and the monitor's own.
         kernels: Marks around the kernels of a step whose cost is being measured.
     """
@@ -54,6 +55,7 @@ class Snapshot:
     events: tuple[Event, ...]
     kernels: tuple[tuple[torch.cuda.Event, torch.cuda.Event], ...] = ()
     mus: tuple[tuple[TensorIdentity, int], ...] = ()
+    history_entries: tuple[Entry, ...] = ()
 
     def emptied(self) -> Snapshot:
         """What is left of a step for which there was no room: its number."""
@@ -62,6 +64,7 @@ class Snapshot:
             scalars={},
             names=dict.fromkeys(self.names, ()),
             entries=(),
+            history_entries=(),
             device_entries=(),
             probe_entries=(),
             channels=(),

@@ -81,7 +81,7 @@ class Step:
     @property
     def nothing_ran(self) -> bool:
         """Whether tensors were to be measured and gradients came, but no layer was seen."""
-        seen = self.taken.entries or self.taken.device_entries
+        seen = self.taken.entries or self.taken.history_entries or self.taken.device_entries
         return self.measured and bool(self.gradients.names) and not seen
 
 
@@ -102,6 +102,7 @@ def snapshot_of(step: Step, device: torch.device) -> Snapshot:
         "gradients": step.gradients.vectors,
         "parameters": step.parameters.vectors,
         "sums": taken.sums,
+        "history": taken.history,
         "device": [] if taken.device is None else [taken.device],
         "probes": taken.probes,
         "channels": list(taken.channels.values()),
@@ -120,6 +121,7 @@ def snapshot_of(step: Step, device: torch.device) -> Snapshot:
         },
         measured=step.measured,
         entries=tuple(taken.entries),
+        history_entries=tuple(taken.history_entries),
         device_entries=taken.device_entries,
         probe_entries=tuple(taken.probe_entries),
         channels=tuple((identity, c.numel()) for identity, c in taken.channels.items()),

@@ -15,7 +15,7 @@ from foreshock.monitor.entry import Entry
 from foreshock.monitor.formats import FORMATS
 from foreshock.monitor.record import FIELD_REDUCTIONS, TensorIdentity, TensorSums
 
-__all__ = ["FIELDS", "NEUTRAL", "VECTORS", "SumTable"]
+__all__ = ["FIELDS", "NEUTRAL", "VECTORS", "SumTable", "extremes_only"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -30,6 +30,28 @@ _COLUMNS: Final = {
     how: np.array([i for i, h in enumerate(FIELD_REDUCTIONS.values()) if h == how])
     for how in ("sum", "max", "min")
 }
+
+
+def extremes_only(kept: Array, entries: Sequence[Entry]) -> Array:
+    """Rows of sums of tensors of which only extremes are known.
+
+    Args:
+        kept: Largest magnitude and scale in force, shape (tensors, 2).
+        entries: Of the tensors, each of which was seen once.
+    """
+    rows = np.tile(NEUTRAL, (len(entries), 1))
+    if not entries:
+        return rows
+    amax, scale = kept.T
+    largest = np.array([FORMATS[entry.identity.format].largest for entry in entries])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rows[:, FIELDS.index("scale_log2")] = rows[:, FIELDS.index("scale_log2_max")] = np.log2(
+            scale
+        )
+        rows[:, FIELDS.index("headroom_log2")] = np.log2(largest / (amax * scale))
+    rows[:, FIELDS.index("amax")] = amax
+    rows[:, _OBSERVATIONS] = 1.0
+    return rows
 
 
 @dataclass(slots=True)

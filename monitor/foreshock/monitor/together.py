@@ -7,6 +7,7 @@ its version and its address, left out and told.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from foreshock.monitor.launches import Launch, start
 from foreshock.monitor.tables import Tables
 from foreshock.monitor.triton_tables import FIELDS, MEMBERS, table_kernel
 
-__all__ = ["Member", "Together", "member_of"]
+__all__ = ["Group", "Member", "Together", "member_of"]
 
 _KINDS: Final = {
     torch.bfloat16: tl.bfloat16,
@@ -62,6 +63,21 @@ class Member:
     entry: np.ndarray[Any, np.dtype[np.int64]]
     bytes: int
     scaled: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Tensors that are always noted together, but for what changes from step to step.
+
+    Attributes:
+        members, owners: One per tensor.
+        programs, bytes: Of all of them.
+    """
+
+    members: tuple[Member, ...]
+    owners: tuple[Any, ...]
+    programs: int
+    bytes: int
 
 
 def member_of(
@@ -213,6 +229,41 @@ class Together:
         waiting.owners.append(owner)
         self._programs += member.programs
         self._size += member.bytes
+        if self._size > _MOST_BYTES:
+            lost += self.flush()
+        return lost
+
+    def group(self, members: Sequence[Member], owners: Sequence[Any]) -> Group:
+        """What `add_all` takes, of far fewer tensors than `MEMBERS`."""
+        programs = sum(member.programs for member in members)
+        return Group(tuple(members), tuple(owners), programs, sum(m.bytes for m in members))
+
+    def add_all(
+        self,
+        group: Group,
+        tensors: Sequence[torch.Tensor],
+        addresses: Sequence[int],
+        scales: Sequence[torch.Tensor | None],
+    ) -> list[Any]:
+        """Note the tensors of a group, in its order; otherwise as `add`."""
+        lost: list[Any] = []
+        stream = self._scratch.stream()
+        waiting = self._waiting
+        if waiting.members and (
+            stream != self._stream
+            or self._programs + group.programs > _MOST_PROGRAMS
+            or len(waiting.members) + len(group.members) > MEMBERS
+        ):
+            lost = self.flush()
+        self._stream = stream
+        waiting.members += group.members
+        waiting.owners += group.owners
+        waiting.tensors += tensors
+        waiting.scales += scales
+        waiting.addresses += addresses
+        waiting.versions += [x._version for x in tensors]
+        self._programs += group.programs
+        self._size += group.bytes
         if self._size > _MOST_BYTES:
             lost += self.flush()
         return lost

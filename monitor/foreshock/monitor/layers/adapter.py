@@ -107,6 +107,7 @@ class HookContext:
 
     Attributes:
         collector: Takes the tensors.
+        calls: How often each layer has been called in the micro-batch, where a call counted.
         updates: Whether a layer of the forward pass in progress will, at the end of its backward
             pass, have the scales of all gradients made anew.
     """
@@ -123,7 +124,7 @@ class HookContext:
         self.begins = begins
         self._begun = begun
         self._guard = guard
-        self._calls: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
         # Calls in training mode that kept no graph, since the model's forward began.
         self._without_graph: dict[nn.Module, int] = {}
         # The whole model runs without gradients, for its values; or again, for its graph.
@@ -177,13 +178,13 @@ class HookContext:
 
     def next_call(self, name: str) -> int:
         """0-based count of the layer's calls within the micro-batch."""
-        index = self._calls.get(name, 0)
-        self._calls[name] = index + 1
+        index = self.calls.get(name, 0)
+        self.calls[name] = index + 1
         return index
 
     def new_micro_batch(self) -> None:
         """Count calls from 0 again."""
-        self._calls = {}
+        self.calls = {}
         self._without_graph = {}
 
     def hook(

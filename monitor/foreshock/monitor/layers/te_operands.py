@@ -22,11 +22,13 @@ from foreshock.monitor.placement import local_of
 __all__ = [
     "Cast",
     "Codes",
+    "GemmPlace",
     "Saved",
     "as_codes",
     "autocast_is_on",
     "format_of",
     "plain",
+    "positions_in",
     "saved_by",
     "saving_node",
 ]
@@ -43,6 +45,33 @@ _BLOCKS: Final = {
     "MXFP8Quantizer": "mxfp8_e4m3",
     "NVFP4Quantizer": "nvfp4",
 }
+
+
+# As classes of storages whose tensors are saved as data, transpose and inverse scale.
+_STORAGES: Final = ("Float8TensorStorage", "Float8Tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class GemmPlace:
+    """Where the operands of one GEMM of a layer are found.
+
+    Attributes:
+        suffix: What the GEMM is called behind the layer's name.
+        input, weight: Positions of their quantizers (Transformer Engine's FP8FwdTensors).
+        gradient: Position of the output gradient's quantizer (FP8BwdTensors).
+        saved_input, saved_weight: Positions among the tensors that the layer saves.
+        takes_input: Whether the operand is the module's own input.
+        gives_output: Whether the GEMM's output is the module's, so that its gradient passes by.
+    """
+
+    suffix: str
+    input: int
+    weight: int
+    gradient: int
+    saved_input: int
+    saved_weight: int
+    takes_input: bool = False
+    gives_output: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +145,28 @@ def _restored(objects: Sequence[object], tensors: Sequence[torch.Tensor | None])
         if item is None:
             yield _codes_or_self(tensors[position])
             position += 1
-        elif type(item).__name__ in ("Float8TensorStorage", "Float8Tensor"):
-            # Saved as data, transpose and inverse scale; either of the first two may be missing.
+        elif type(item).__name__ in _STORAGES:
+            # Either of the first two may be missing.
             data, transpose, scale_inv = tensors[position : position + 3]
             yield _codes(transpose if data is None else data, scale_inv)
             position += 3
         else:
             # How many tensors another kind of storage saved is its own business.
             return
+
+
+def positions_in(objects: Sequence[object]) -> list[int]:
+    """At which of a node's saved tensors each object's own begin, as far as that is known."""
+    found, position = [], 0
+    for item in objects:
+        found.append(position)
+        if item is None:
+            position += 1
+        elif type(item).__name__ in _STORAGES:
+            position += 3
+        else:
+            return found[:-1]
+    return found
 
 
 def _codes_or_self(x: torch.Tensor | None) -> Saved:
@@ -147,6 +190,7 @@ class Cast:
         quantizer: Of whom this is said.
         held: Its own scale and largest magnitude.
         amax, scale: The same, 0-dim; None where it does not keep one of each.
+        kept: Both, one element each; None where one is missing.
         delayed: Whether the scale in force was made before.
         before, after: The operand before and after it has been cast. Current scaling makes its
             scale with the cast; before, the monitor takes M / amax, as the quantizer will.
@@ -156,6 +200,7 @@ class Cast:
     held: tuple[object, object]
     amax: torch.Tensor | None
     scale: torch.Tensor | None
+    kept: tuple[torch.Tensor, torch.Tensor] | None
     delayed: bool
     before: Operand
     after: Operand
@@ -170,7 +215,10 @@ class Cast:
         agreed = delayed and _reduces(module)
         after = Operand(format, scale, granularity, agreed=agreed)
         before = after if delayed else Operand(format, None, granularity)
-        return cls(quantizer, held, amax, scale, delayed, before, after)
+        kept = None
+        if amax is not None and scale is not None:
+            kept = amax.reshape(1), scale.reshape(1)
+        return cls(quantizer, held, amax, scale, kept, delayed, before, after)
 
     @property
     def current(self) -> bool:

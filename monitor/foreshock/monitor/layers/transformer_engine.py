@@ -22,44 +22,23 @@ import torch
 from torch import nn
 
 from foreshock.monitor import te_exact
+from foreshock.monitor.entry import Entry
 from foreshock.monitor.layers.adapter import Handle, HookContext, Switched, tensors_in
 from foreshock.monitor.layers.te_history import History
+from foreshock.monitor.layers.te_layer import Call, Layer
 from foreshock.monitor.layers.te_operands import (
     Cast,
     Codes,
+    GemmPlace,
     Saved,
     as_codes,
     plain,
     saved_by,
     saving_node,
 )
-from foreshock.monitor.operands import DTYPE_FORMATS, Operand
-from foreshock.monitor.record import TensorIdentity
+from foreshock.monitor.layers.te_plan import GemmPlan, plan_of
 
-__all__ = ["GemmPlace", "TransformerEngineAdapter"]
-
-
-@dataclass(frozen=True, slots=True)
-class GemmPlace:
-    """Where the operands of one GEMM of a layer are found.
-
-    Attributes:
-        suffix: What the GEMM is called behind the layer's name.
-        input, weight: Positions of their quantizers (Transformer Engine's FP8FwdTensors).
-        gradient: Position of the output gradient's quantizer (FP8BwdTensors).
-        saved_input, saved_weight: Positions among the tensors that the layer saves.
-        takes_input: Whether the operand is the module's own input.
-        gives_output: Whether the GEMM's output is the module's, so that its gradient passes by.
-    """
-
-    suffix: str
-    input: int
-    weight: int
-    gradient: int
-    saved_input: int
-    saved_weight: int
-    takes_input: bool = False
-    gives_output: bool = True
+__all__ = ["TransformerEngineAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +57,8 @@ _KINDS: Final = {
         (GemmPlace(".fc1", 0, 1, 0, 2, 4, gives_output=False), GemmPlace(".fc2", 3, 4, 2, 8, 10)),
     ),
 }
+# Calls between two tries to plan a layer, at most.
+_LONGEST_PAUSE: Final = 256
 _GROUPED: Final = "GroupedLinear"
 _ATTENTION: Final = "DotProductAttention"
 # Quantizers of attention: query, key and value share one; probabilities (FP8FwdTensors).
@@ -101,7 +82,7 @@ class TransformerEngineAdapter:
         history = self._history[1]
         kind = _class_of(module)
         assert kind is not None
-        layer: _Layer
+        layer: Layer
         if kind == _GROUPED:
             layer = _Grouped(name, context, history)
         elif kind == _ATTENTION:
@@ -121,140 +102,20 @@ def _class_of(module: nn.Module) -> str | None:
     return None
 
 
-class _Layer:
-    """One watched layer."""
-
-    def __init__(self, name: str, context: HookContext, history: History) -> None:
-        self.name = name
-        self.context = context
-        self.collector = context.collector
-        self.history = history
-        self.repeats = False
-        self._casts: dict[tuple[str, int], Cast] = {}
-        self._identities: dict[tuple[str, str, str, int], TensorIdentity] = {}
-
-    def cast(self, module: nn.Module, direction: str, position: int) -> Cast | None:
-        """How the quantizer at a position casts; None if there is none."""
-        known = getattr(module, "quantizers", {}).get(direction) or ()
-        if position >= len(known):
-            return None
-        found = self._casts.get((direction, position))
-        if found is None or found.quantizer is not known[position] or not found.current:
-            found = Cast.of(module, known[position])
-            self._casts[direction, position] = found
-        return found
-
-    def identity(self, layer: str, role: str, cast: Cast, index: int) -> TensorIdentity:
-        """The row of a tensor that is cast so."""
-        format = cast.after.format
-        key = layer, role, format, index
-        found = self._identities.get(key)
-        if found is None:
-            granularity = cast.after.granularity
-            found = TensorIdentity(layer, role, format, index, granularity=granularity)
-            self._identities[key] = found
-        return found
-
-    def ran(
-        self,
-        module: nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-        output: object,
-    ) -> None:
-        """After a call."""
-        if not self.context.counts(module):
-            return
-        self.context.begins()
-        if not self.collector.wants or te_exact.took_over(module):
-            return
-        index = self.context.next_call(self.name)
-        self.repeats = self.repeats or index > 0
-        self.look(_Call(self, module, index), args, kwargs, output)
-
-    def look(
-        self, call: _Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
-    ) -> None:
-        """Measure what a counted call left."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One counted call of a layer."""
-
-    layer: _Layer
-    module: nn.Module
-    index: int
-
-    @property
-    def fp8(self) -> bool:
-        """Whether it ran in FP8; a layer knows since its forward pass."""
-        return bool(getattr(self.module, "fp8", False))
-
-    def cast(self, direction: str, position: int) -> Cast | None:
-        """How the quantizer at a position casts, or None."""
-        return self.layer.cast(self.module, direction, position)
-
-    def values(
-        self, layer: str, role: str, x: torch.Tensor, cast: Cast | None, *, before: bool = False
-    ) -> None:
-        """Measure a tensor, after its cast unless told otherwise."""
-        if cast is None or not self.fp8:
-            compute = getattr(self.module, "activation_dtype", x.dtype)
-            operand = Operand(DTYPE_FORMATS.get(compute, "fp32"), None)
-        else:
-            operand = cast.before if before else cast.after
-        self.layer.collector.observe(layer, role, x, operand, call_index=self.index)
-
-    def codes(self, layer: str, role: str, codes: Codes, cast: Cast | None) -> None:
-        """Measure the codes of a tensor."""
-        if cast is not None:
-            self.layer.collector.observe_codes(
-                layer,
-                role,
-                codes.data,
-                format=cast.after.format,
-                scale_inv=codes.scale_inv,
-                call_index=self.index,
-            )
-
-    def kept(self, rows: Sequence[tuple[str, str, Cast | None]]) -> None:
-        """Keep largest magnitudes and scales in force, of tensors by layer and role."""
-        if not self.layer.collector.measuring or self.layer.collector.recording:
-            return
-        identities, values = [], []
-        for layer, role, cast in rows:
-            if cast is not None and cast.amax is not None and cast.scale is not None:
-                identities.append(self.layer.identity(layer, role, cast, self.index))
-                values += [cast.amax, cast.scale]
-        if identities:
-            self.layer.history.add(identities, values, lasting=self.lasting)
-
-    @property
-    def lasting(self) -> bool:
-        """Whether this call's scales and largest magnitudes stay as they are for now.
-
-        A layer that is called again goes on with its largest magnitudes.
-        """
-        return self.layer.collector.lasting and not self.layer.repeats
-
-    def weighs(self, layer: str) -> bool:
-        """Whether the layer's weight is still to be measured in this step."""
-        return self.layer.collector.weighs(layer)
-
-
-class _Gemms(_Layer):
+class _Gemms(Layer):
     """A layer with one GEMM, or with two."""
 
     def __init__(self, name: str, context: HookContext, history: History, kind: _Kind) -> None:
         super().__init__(name, context, history)
         self._kind = kind
+        self._plan: GemmPlan | None = None
+        # Calls until the next try to make one, and after the one that fails.
+        self._pause, self._longer = 0, 1
         # Made once: a hook costs more to make than to call.
         self._come, self._go = context.hook(_Gradients.came), context.hook(_Gradients.went)
 
     def look(
-        self, call: _Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
+        self, call: Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
     ) -> None:
         """Inputs and weights now, gradients when they come."""
         result = next(tensors_in(output), None)
@@ -273,7 +134,38 @@ class _Gemms(_Layer):
         if result is not None and result.requires_grad:
             self._await_gradients(call, result, node)
 
-    def _input(self, call: _Call, place: GemmPlace, held: Saved, spare: Saved) -> bool:
+    def ran(
+        self,
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        output: object,
+    ) -> None:
+        """After a call: by the plan if it is like the last one."""
+        plan = self._plan
+        if plan is not None and plan.follow(module, args, output):
+            if plan.complete:
+                return
+        else:
+            super().ran(module, args, kwargs, output)
+        self._pause -= 1
+        if self._pause < 0 and self.collector.room(lasting=self.collector.lasting) is not None:
+            gemms, node = self._kind.gemms, self._kind.node
+            self._plan = plan_of(self, module, gemms, args=args, output=output, node=node)
+            # What differs from call to call is not worth a plan.
+            self._pause, self._longer = self._longer, min(2 * self._longer, _LONGEST_PAUSE)
+
+    def await_gradients(self, module: nn.Module, result: torch.Tensor, node: Any) -> None:
+        """As `_await_gradients`, for the first call of a micro-batch."""
+        self._await_gradients(Call(self, module, 0), result, node)
+
+    def gradients(self, module: nn.Module, *, updates: bool) -> _Gradients:
+        """Of the first call of a micro-batch, whose scales last."""
+        gradients = _Gradients(Call(self, module, 0), self._kind.gemms)
+        gradients.updates, gradients.lasting = updates, True
+        return gradients
+
+    def _input(self, call: Call, place: GemmPlace, held: Saved, spare: Saved) -> bool:
         """Measure the input; False if its values are nowhere to be had."""
         name, cast = self.name + place.suffix, call.cast("scaling_fwd", place.input)
         x = plain(held)
@@ -285,7 +177,7 @@ class _Gemms(_Layer):
             call.codes(name, "input", codes, cast)
         return False
 
-    def _weight(self, call: _Call, place: GemmPlace, saved: Saved) -> None:
+    def _weight(self, call: Call, place: GemmPlace, saved: Saved) -> None:
         name = self.name + place.suffix
         if not self.collector.measuring or not call.weighs(name):
             return
@@ -299,7 +191,7 @@ class _Gemms(_Layer):
             for weight in _weights(call.module, place.suffix):
                 call.values(name, "weight", weight, cast)
 
-    def _await_gradients(self, call: _Call, result: torch.Tensor, node: Any) -> None:
+    def _await_gradients(self, call: Call, result: torch.Tensor, node: Any) -> None:
         gradients = _Gradients(call, self._kind.gemms)
         gradients.updates = bool(getattr(node, "reduce_and_update_bwd_fp8_tensors", False))
         # Transformer Engine has it done by the first layer of a forward pass. Where that one is
@@ -321,7 +213,7 @@ class _Gradients:
         lasting: Whether scales stay as they are until that layer's backward pass.
     """
 
-    def __init__(self, call: _Call, gemms: Sequence[GemmPlace]) -> None:
+    def __init__(self, call: Call, gemms: Sequence[GemmPlace]) -> None:
         self._call = call
         self._outer = [place for place in gemms if place.gives_output]
         self.inner = [place for place in gemms if not place.gives_output]
@@ -347,7 +239,7 @@ class _Gradients:
             collector.flush()
         if call.layer.collector.measuring and not call.layer.collector.recording:
             # The scale in force, which the pass may replace.
-            scales = [cast.scale for cast in self._inner_casts()]
+            scales = [scale for _, (_, scale) in self._inner_casts()]
             self._scales = scales if self._keeps else [scale.clone() for scale in scales]
             call.layer.history.schedule()
 
@@ -356,32 +248,35 @@ class _Gradients:
         call, casts = self._call, self._inner_casts()
         if not call.layer.collector.measuring or len(casts) != len(self._scales):
             return
-        identities, values = [], []
-        for place, cast, before in zip(self.inner, casts, self._scales, strict=True):
-            amax = self._amax(place, cast)
+        entries: list[Entry] = []
+        values: list[torch.Tensor] = []
+        for place, (cast, (largest, scale)), before in zip(
+            self.inner, casts, self._scales, strict=True
+        ):
+            amax = self._amax(place, cast, largest)
             if amax is not None:
                 name = call.layer.name + place.suffix
-                identities.append(call.layer.identity(name, "grad_output", cast, call.index))
+                entries.append(call.layer.entry(name, "grad_output", cast, call.index))
                 # Current scaling makes its scale during the pass.
-                values += [amax, before if cast.delayed else cast.scale]
-        if identities:
-            call.layer.history.add(identities, values, lasting=self._keeps)
+                values += [amax, before if cast.delayed else scale]
+        if entries:
+            call.layer.history.add(entries, values, lasting=self._keeps)
 
-    def _inner_casts(self) -> list[Any]:
+    def _inner_casts(self) -> list[tuple[Cast, tuple[torch.Tensor, torch.Tensor]]]:
         casts = [self._call.cast("scaling_bwd", place.gradient) for place in self.inner]
-        return [c for c in casts if c is not None and c.amax is not None and c.scale is not None]
+        return [(c, c.kept) for c in casts if c is not None and c.kept is not None]
 
-    def _amax(self, place: GemmPlace, cast: Cast) -> torch.Tensor | None:
+    def _amax(self, place: GemmPlace, cast: Cast, kept: torch.Tensor) -> torch.Tensor | None:
         if not (self.updates and cast.delayed):
-            return cast.amax
+            return kept
         state = getattr(self._call.module, "fp8_meta", {}).get("scaling_bwd")
         history = getattr(state, "amax_history", None)
         if not isinstance(history, torch.Tensor) or len(history) < 2:
             return None
-        return history[-1, place.gradient]
+        return history[-1, place.gradient].reshape(1)
 
 
-class _Grouped(_Layer):
+class _Grouped(Layer):
     """GroupedLinear: one GEMM per expert, named as in Transformer Engine's own statistics.
 
     It keeps three quantizers per GEMM forward (input, weight, output) and two backward.
@@ -392,7 +287,7 @@ class _Grouped(_Layer):
         self._come = context.hook(self._gradient_came)
 
     def look(
-        self, call: _Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
+        self, call: Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
     ) -> None:
         """Each expert's rows of the input and of the gradient, and its weight."""
         x, splits = (*args, kwargs.get("inp"), kwargs.get("m_splits"))[:2]
@@ -411,10 +306,10 @@ class _Grouped(_Layer):
         if result is not None and result.requires_grad:
             result.register_hook(partial(self._come, call, splits))  # type: ignore[no-untyped-call]
 
-    def _gradient_came(self, call: _Call, splits: list[int], gradient: torch.Tensor) -> None:
+    def _gradient_came(self, call: Call, splits: list[int], gradient: torch.Tensor) -> None:
         self._pieces(call, "grad_output", gradient, splits)
 
-    def _pieces(self, call: _Call, role: str, x: torch.Tensor, splits: list[int]) -> None:
+    def _pieces(self, call: Call, role: str, x: torch.Tensor, splits: list[int]) -> None:
         forward = role == "input"
         direction, each = ("scaling_fwd", 3) if forward else ("scaling_bwd", 2)
         pieces = torch.split(x.reshape(-1, x.shape[-1]), splits)
@@ -423,7 +318,7 @@ class _Grouped(_Layer):
             call.values(f"{self.name}.gemm_{expert}", role, piece, cast, before=not forward)
 
 
-class _Attention(_Layer):
+class _Attention(Layer):
     """FP8 attention: query, key and value, which share a scale, and what is kept of probabilities.
 
     Probabilities exist only inside the kernel. Attention in 16 bits casts nothing and is left out.
@@ -433,12 +328,22 @@ class _Attention(_Layer):
         super().__init__(name, context, history)
         self._come = context.hook(self._gradient_came)
 
-    def look(
-        self, call: _Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
+    def ran(
+        self,
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        output: object,
     ) -> None:
-        """Nothing unless the attention itself runs in FP8."""
-        recipe = getattr(call.module, "fp8_meta", {}).get("recipe")
-        if not (call.fp8 and getattr(recipe, "fp8_dpa", False) and self.collector.measuring):
+        """Nothing unless the attention itself runs in FP8, which is seen at once."""
+        if not self.collector.lasting or _attends_in_fp8(module):
+            super().ran(module, args, kwargs, output)
+
+    def look(
+        self, call: Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
+    ) -> None:
+        """Query, key, value and probabilities."""
+        if not (call.fp8 and _attends_in_fp8(call.module) and self.collector.measuring):
             return
         shared = call.cast("scaling_fwd", _QKV)
         names = ("query_layer", "key_layer", "value_layer")
@@ -458,6 +363,11 @@ class _Attention(_Layer):
     def _gradient_came(self, gradient: torch.Tensor) -> None:
         # Nothing to measure: rows are made at the end of the backward pass that has begun.
         self.history.schedule()
+
+
+def _attends_in_fp8(module: nn.Module) -> bool:
+    recipe = module.__dict__.get("fp8_meta", {}).get("recipe")
+    return bool(getattr(recipe, "fp8_dpa", False))
 
 
 def _at(saved: Sequence[Saved], position: int) -> Saved:

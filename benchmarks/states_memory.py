@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, get_args
 
 import torch
@@ -56,6 +58,10 @@ APART: Final = {
     "O2, first moment fp32": StatesConfig(level="O2", exp_avg="fp32"),
 }
 """Which part of O2 a loss is due to; the table of bytes leaves them out."""
+
+
+LINE: Final = re.compile(r"^(\S+) (.+) seed (\d+): (\S+)$", re.MULTILINE)
+"""A run's result, as it is told."""
 
 
 def levels() -> dict[str, StatesConfig]:
@@ -208,9 +214,13 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 def print_losses(options: argparse.Namespace) -> None:
     """The table of losses; runs are told as they end."""
     losses: dict[tuple[str, str], dict[int, float]] = {}
-    for job, loss in side_by_side(final_loss, jobs_of(options), options.processes):
-        print(f"{job.gemms} {job.level} seed {job.seed}: {loss:.4f}", flush=True)
-        losses.setdefault((job.gemms, job.level), {})[job.seed] = loss
+    if options.lines is None:
+        for job, loss in side_by_side(final_loss, jobs_of(options), options.processes):
+            print(f"{job.gemms} {job.level} seed {job.seed}: {loss:.4f}", flush=True)
+            losses.setdefault((job.gemms, job.level), {})[job.seed] = loss
+    else:
+        for line in LINE.finditer(options.lines.read_text()):
+            losses.setdefault((line[1], line[2]), {})[int(line[3])] = float(line[4])
     row("GEMMs", "level", "held-out loss", "over bf16 O0, by seed", "mean", "standard error")
     row(*["---"] * 6)
     base = losses.get(("bf16", "O0"), {})
@@ -246,6 +256,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.2, help="share of the steps")
+    parser.add_argument("--lines", type=Path, help="what an ended run told: only its table")
     parser.add_argument("--rows", nargs="*", default=[], help='such as "bf16 O0"; all levels')
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()

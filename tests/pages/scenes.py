@@ -178,6 +178,16 @@ def _route(stage: Stage, folder: Path) -> None:
     (folder / "alertmanager.yml").write_text(text.split("```yaml\n")[1].split("```")[0])
 
 
+def _study(stage: Stage, folder: Path) -> None:
+    """The page shows a run's settings, which its reader saves, and speaks of texts of theirs."""
+    text = (ROOT / "docs/how-to/train-and-study.md").read_text()
+    (folder / "run.toml").write_text(text.split("```toml\n")[1].split("```")[0])
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_text("What is written down is read again. " * 40)
+    rows = [{"prompt": f"{n} and 1?", "response": f"{n + 1}"} for n in range(40)]
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 def _certificate(stage: Stage, folder: Path) -> None:
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     made += ["-subj", "/CN=foreshock", "-addext", "subjectAltName=IP:127.0.0.1"]
@@ -207,6 +217,7 @@ SCENES: Final[Mapping[str, Scene]] = {
     "docs/how-to/alert-route.md": Scene(_route),
     "docs/how-to/act-on-a-risk.md": Scene(served=True),
     "docs/how-to/guard.md": Scene(),
+    "docs/how-to/train-and-study.md": Scene(_study, long=True),
     "docs/how-to/heatmap.md": Scene(served=True),
     "docs/how-to/replay.md": Scene(_spool, served=True),
     "docs/how-to/doctor.md": Scene(served=True, long=True),

@@ -7,7 +7,7 @@ Every architecture in every precision, all rates and seeds of one as a stack, so
 can be trained long. Loss is the mean of the last 20 steps; `gap` its distance to BF16's with the
 same seed and rate (mean of the seeds, standard error); `rise` by how much the loss (means of 20)
 ever lay above its lowest before, after the warm-up, the worst seed; `logit` the largest attention
-logit of the last steps in any layer.
+logit of the last steps in any layer, by seed.
 
 Kurtosis is that of the last 20 steps: of the residual stream, queries and keys (before their
 rotation), the input of the QKV GEMM and that of the last GEMM of the feed-forward, as it is cast.
@@ -16,7 +16,8 @@ layer's, pooled. Seeds are put together by the mean of the logarithms. The secon
 Llama 3's value in the same precision and at the same rate over each architecture's.
 
 With `--folder` what each stack gave is kept there, and what is there already is not trained again:
-parts can be trained one after the other and put into one table.
+parts can be trained one after the other and put into one table; `--held` prints that of what there
+is.
 """
 
 from __future__ import annotations
@@ -286,7 +287,7 @@ def losses_table(found: Found, options: argparse.Namespace) -> None:
                 *losses,
                 gap,
                 f"{outcome.rise[part].max():.2f}",
-                f"{outcome.logit[part].max():.3g}",
+                ", ".join(f"{logit:.3g}" for logit in outcome.logit[part]),
             )
 
 
@@ -310,12 +311,17 @@ def kurtosis_table(found: Found, options: argparse.Namespace) -> None:
             row(architecture, f"{rate:g}", precision, *cells)
 
 
+def place_of(configs: Sequence[RunConfig], folder: Path) -> Path:
+    """Where a stack's outcome is kept: by all that influences its runs."""
+    digest = hashlib.sha256("".join(c.fingerprint() for c in configs).encode()).hexdigest()
+    return folder / f"{digest[:24]}.npz"
+
+
 def kept(configs: Sequence[RunConfig], folder: Path | None) -> Outcome:
     """What the runs gave, from the folder if it is there, else by training them."""
     if folder is None:
         return train(configs)
-    digest = hashlib.sha256("".join(c.fingerprint() for c in configs).encode()).hexdigest()
-    path = folder / f"{digest[:24]}.npz"
+    path = place_of(configs, folder)
     if not path.exists():
         outcome = train(configs)
         folder.mkdir(parents=True, exist_ok=True)
@@ -332,8 +338,8 @@ def every(options: argparse.Namespace) -> Iterator[tuple[Architecture, str]]:
     yield from itertools.product(options.only, options.precisions)
 
 
-def main() -> None:
-    """Print both tables."""
+def told(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--width", type=int, default=64)
@@ -348,15 +354,26 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(get_args(Architecture)))
     parser.add_argument("--precisions", nargs="*", default=["bf16", "FP8", "FP8DPA"])
     parser.add_argument("--folder", type=Path, help="keep what stacks give, and go on from it")
-    options = parser.parse_args()
+    parser.add_argument("--held", action="store_true", help="train nothing: what --folder holds")
+    options = parser.parse_args(arguments)
+    if options.held and options.folder is None:
+        parser.error("--held needs --folder")
     if options.steps < 2 * WARMUP:
         parser.error(f"--steps is {options.steps}; allowed: {2 * WARMUP} or more")
+    return options
+
+
+def main() -> None:
+    """Print both tables."""
+    options = told()
     torch.set_num_threads(1)
     found: Found = {}
     began = time.process_time()
     for architecture, precision in every(options):
         recipe = precisions(options.history)[precision]
         configs = configs_of(architecture, recipe, options)
+        if options.held and not place_of(configs, options.folder).exists():
+            continue
         found[architecture, precision] = outcome = kept(configs, options.folder)
         losses = ", ".join(f"{loss:.3f}" for loss in outcome.last)
         seconds = time.process_time() - began

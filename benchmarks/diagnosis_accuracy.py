@@ -27,16 +27,8 @@ import numpy as np
 
 from benchmarks.diagnosis_runs import CAUSE_OF, RANGES, Kept, kept
 from benchmarks.guard_study import digest, wilson
+from foreshock.api.diagnosis_odds import CAUSES
 
-CAUSES: Final = (
-    "learning_rate",
-    "scale",
-    "underflow",
-    "outlier",
-    "bad_data",
-    "optimizer_state",
-    "unknown",
-)
 _LOOKS_BACK: Final = 256
 _WITHOUT_ALARM: Final = 60
 

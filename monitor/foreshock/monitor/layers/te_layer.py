@@ -6,6 +6,7 @@ gets into one. Imports nothing of Transformer Engine.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ _PLAIN: Final = defaultdict(
 )
 
 
-class Layer:
+class Layer(ABC):
     """One watched layer."""
 
     def __init__(self, name: str, context: HookContext, history: History) -> None:
@@ -82,11 +83,11 @@ class Layer:
         self.repeats = self.repeats or index > 0
         self.look(Call(self, module, index), args, kwargs, output)
 
+    @abstractmethod
     def look(
         self, call: Call, args: tuple[object, ...], kwargs: dict[str, object], output: object
     ) -> None:
         """Measure what a counted call left."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

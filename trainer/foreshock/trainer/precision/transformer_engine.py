@@ -120,6 +120,15 @@ class TeLinear(te.Linear):  # type: ignore[misc]
 GemmLinear.register(TeLinear)
 
 
+def _by_token(x: Tensor) -> Tensor:
+    """Of shape (B, T, H, K) in bfloat16, with the strides of a new tensor.
+
+    A compiler may give an axis of one head any stride; torch calls that contiguous, but Transformer
+    Engine reads the layout from the strides.
+    """
+    return x.to(torch.bfloat16).contiguous().view(-1).view(x.shape)
+
+
 class TeAttention(AttentionCore):
     """Both products in FP8, forward and backward, by cuDNN's fused kernel (fp8_dpa).
 
@@ -147,8 +156,7 @@ class TeAttention(AttentionCore):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `AttentionCore.forward`."""
-        heads = [x.transpose(1, 2).to(torch.bfloat16).contiguous() for x in (q, k, v)]
-        mixed: Tensor = self.fused(*heads)
+        mixed: Tensor = self.fused(*(_by_token(x.transpose(1, 2)) for x in (q, k, v)))
         # (B, T, H K)
         by_head = mixed.view(*mixed.shape[:2], q.shape[1], q.shape[3])
         return by_head.transpose(1, 2).to(q.dtype)

@@ -178,6 +178,14 @@ def _sweeps(options: argparse.Namespace, deadline: float) -> list[threading.Thre
     if cores < 0:
         cores = max(1, (os.cpu_count() or 1) - options.per_gpu * len(gpus) - 2)
     threads = []
+    # Before the cores are busy: with nothing beside it a probe takes half a minute, else more than
+    # it may.
+    usable, graph = probed(gpus[0]) if gpus else (False, False)
+    print(f"{len(gpus)} GPUs, usable {usable}, graphs {graph}", flush=True)
+    if usable:
+        plan = corpus_plan(options.seed, options.stacks, models_per_stack=options.models)
+        jobs = [replace(Job.planned(stack, options.out), graph=graph) for stack in plan]
+        threads.append(_start(jobs, deadline, options.per_gpu * len(gpus), gpus))
     if cores:
         small = corpus_plan(
             options.seed + 1,
@@ -187,13 +195,6 @@ def _sweeps(options: argparse.Namespace, deadline: float) -> list[threading.Thre
         )
         jobs = [Job.planned(stack, options.out) for stack in small]
         threads.append(_start(jobs, deadline, cores, ("cpu",)))
-    if gpus:
-        usable, graph = probed(gpus[0])
-        print(f"{len(gpus)} GPUs, usable {usable}, graphs {graph}", flush=True)
-        if usable:
-            plan = corpus_plan(options.seed, options.stacks, models_per_stack=options.models)
-            jobs = [replace(Job.planned(stack, options.out), graph=graph) for stack in plan]
-            threads.append(_start(jobs, deadline, options.per_gpu * len(gpus), gpus))
     return threads
 
 

@@ -7,6 +7,7 @@ key, and rows above the ledger's newest number are not acknowledged. Holds no qu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -204,6 +205,9 @@ def ddl(options: TableOptions) -> list[str]:
         if table == "tensor_stats":
             statements += _additions(table, _statistic_columns(), options)
         statements.append(_retention(table, options))
+        if not options.server:
+            # A table of an older build was made without them.
+            statements.append(f"ALTER TABLE {table} MODIFY SETTING {_joined(_in_process(table))}")
     return statements
 
 
@@ -231,7 +235,7 @@ def _engine(table: str, options: TableOptions) -> str:
 
 def _table_settings(table: str, options: TableOptions) -> str:
     synced = int(options.fsync and table in FACT_TABLES)
-    settings = {"fsync_after_insert": synced, "fsync_part_directory": synced}
+    settings: dict[str, int | str] = {"fsync_after_insert": synced, "fsync_part_directory": synced}
     settings["ttl_only_drop_parts"] = 1
     # When the days change, parts that are there learn their new end without being written anew.
     settings["materialize_ttl_recalculate_only"] = 1
@@ -239,8 +243,32 @@ def _table_settings(table: str, options: TableOptions) -> str:
         settings["replicated_deduplication_window"] = _TOKENS
     elif options.server:
         settings["non_replicated_deduplication_window"] = _TOKENS
+    else:
+        settings |= _in_process(table)
+    return _joined(settings)
+
+
+def _in_process(table: str) -> dict[str, int | str]:
+    """What spares the few cores and the disk that the engine shares with the service.
+
+    Servers have their own, and the older of them do not know all of these.
+    """
+    settings: dict[str, int | str] = {"auto_statistics_types": "''"}
+    if table in FACT_TABLES:
+        # An INSERT is one file, and so one sync, instead of fourteen or one per column; what a
+        # merge makes is laid out for reading.
+        settings |= {"min_level_for_full_part_storage": 1, "min_level_for_wide_part": 1}
+        # Every merge of a row costs as much as its INSERT; it is merged fewer times.
+        settings["merge_selector_base"] = _MERGE_BASE
+    return settings
+
+
+def _joined(settings: Mapping[str, int | str]) -> str:
     return ", ".join(f"{name} = {value}" for name, value in settings.items())
 
+
+# A merge takes parts whose sum is so many times the largest; the engine's own choice is 5.
+_MERGE_BASE: Final = 10
 
 # INSERTs whose tokens a table remembers: minutes of full load, for retries within seconds.
 _TOKENS: Final = 10_000

@@ -184,6 +184,7 @@ def test_a_token_that_asks_too_much_waits_and_the_others_do_not(service: Service
         until(200, lambda: client.get("/api/v1/runs"))
 
 
+@pytest.mark.long
 def test_no_token_is_ever_told(tmp_path: Path) -> None:
     """Through every way to fail, then the whole output, the database and the answers are read."""
     service = Service(tmp_path, environment={"FORESHOCK_TOKEN": BOOTSTRAP})

@@ -210,6 +210,7 @@ class Sender:
         self.taken += 1
 
 
+@pytest.mark.long
 def test_killed_relays_lose_nothing_that_they_acknowledged(served: Service, tmp_path: Path) -> None:
     relay = relay_to(tmp_path / "relay", served.url, "--wait", "0.2")
     with Sender(relay, "killed") as sender:

@@ -176,6 +176,7 @@ def test_half_open_clients_hold_up_nobody_and_go_away(strict: Service) -> None:
         assert put_records(client, run_id, launch, 0, make_records(0, 2)).status_code == 201
 
 
+@pytest.mark.long
 def test_a_client_that_does_not_read_is_given_up(strict: Service) -> None:
     with strict.client() as client:
         length = len(client.get("/assets/plotly.min.js").content)

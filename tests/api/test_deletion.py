@@ -142,6 +142,7 @@ def test_a_deleted_run_does_not_come_back_by_itself(served: Service, client: htt
     assert len(shown.json()["records"]) == 8
 
 
+@pytest.mark.long
 def test_deletion_goes_on_after_a_crash(tmp_path: Path) -> None:
     service = Service(tmp_path)
     service.start()

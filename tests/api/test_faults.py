@@ -19,12 +19,14 @@ def test_a_disk_that_another_program_fills(tmp_path: Path) -> None:
     assert tally.acknowledged > 3
 
 
+@pytest.mark.long
 def test_a_store_that_hangs_fails_health_and_loses_nothing(tmp_path: Path) -> None:
     tally, said = fault_scenarios.hung_store(tmp_path)
     assert "a query hangs" in said
     assert tally.exactly_once, tally
 
 
+@pytest.mark.long
 @pytest.mark.debian
 @pytest.mark.skipif(not Path(fault_scenarios.FAKETIME).exists(), reason="needs libfaketime")
 def test_clocks_that_jump(tmp_path: Path) -> None:
@@ -33,6 +35,7 @@ def test_clocks_that_jump(tmp_path: Path) -> None:
     assert tally.acknowledged > 5
 
 
+@pytest.mark.long
 def test_a_spool_through_an_outage_says_what_it_dropped(tmp_path: Path) -> None:
     """Six minutes of a step a second with room for a part of them."""
     bound = 20_000

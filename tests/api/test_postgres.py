@@ -159,6 +159,7 @@ def test_an_address_never_shows_its_password() -> None:
     assert "hidden" not in repr(settings) + repr(settings.database_place)
 
 
+@pytest.mark.long
 def test_the_service_outlives_a_restart_of_the_database(tmp_path: Path) -> None:
     with running_postgres() as server:
         environment = {"FORESHOCK_DATABASE": server.new_database()}

@@ -208,6 +208,7 @@ def test_a_lost_replica_loses_nothing_and_doubles_nothing(
     registry.close()
 
 
+@pytest.mark.long
 def test_a_run_deleted_at_one_replica_is_gone_at_the_other(
     postgres: Postgres, front: Front, tmp_path: Path
 ) -> None:

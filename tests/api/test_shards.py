@@ -219,6 +219,7 @@ def assert_exactly_once(store: Store, registry: Registry, logs: list[Log]) -> No
         assert sorted(held) == sorted(wanted)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_one_of_two_shards_killed_in_mid_ingest(fronts: list[Front], tmp_path: Path) -> None:
     url = address(*fronts)

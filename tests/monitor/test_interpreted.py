@@ -44,6 +44,7 @@ def run(*arguments: str) -> int:
     return int(passed.group(1))
 
 
+@pytest.mark.long
 def test_the_kernels_assertions_hold() -> None:
     assert run("-k", FEW) >= 29
 

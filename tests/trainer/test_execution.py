@@ -121,7 +121,13 @@ def test_levels_refuse_what_would_reduce_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "level"), [("ddp", "O0"), ("fsdp2", "O0"), ("ddp", "O2"), ("ddp", "O3")]
+    ("parallel", "level"),
+    [
+        ("ddp", "O0"),
+        pytest.param("fsdp2", "O0", marks=pytest.mark.long),
+        pytest.param("ddp", "O2", marks=pytest.mark.long),
+        ("ddp", "O3"),
+    ],
 )
 def test_two_processes_give_the_losses_of_one(parallel: str, level: Level, tmp_path: Path) -> None:
     alone = train(replace(CONFIG, states=StatesConfig(level=level)))

@@ -173,7 +173,6 @@ def near(one: Series, two: Series) -> None:
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
-@pytest.mark.long
 @given(HISTORY, st.sampled_from(POINTS), STATISTIC, FORMATS)
 @settings(max_examples=5, phases=PHASES)
 def test_rollups_say_what_the_rows_say(

@@ -261,6 +261,7 @@ class Collector(ops.Receiver):
             self.skipped.add((layer, role))
             return
         local, part = held
+        part = operand.part or part
         identity = TensorIdentity(
             layer, role, operand.format, call_index, granularity=operand.granularity
         )
@@ -332,6 +333,7 @@ class Collector(ops.Receiver):
             self._rows is None
             or self._what_if is not None
             or operand.granularity != "tensor"
+            or operand.part is not None
             or type(x) not in PLAIN
             or not self.sampling.whole
             or not x.is_floating_point()

@@ -22,8 +22,10 @@ __all__ = [
     "ObservableStates",
     "Observer",
     "Operand",
+    "Part",
     "QuantizedGemm",
     "Tap",
+    "held_by",
 ]
 
 DTYPE_FORMATS: Final = {
@@ -38,6 +40,23 @@ OPERAND_ROLES = ("input", "weight", "grad_output")
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What this process's piece of a tensor stands for.
+
+    Attributes:
+        counted: Whether its sums enter the merge; a replica that another process counts does not.
+        offset: Position of its first feature among all features.
+        features: All features, or None where the piece has them all.
+        sharded: Whether other processes hold other pieces of it.
+    """
+
+    counted: bool = True
+    offset: int = 0
+    features: int | None = None
+    sharded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Operand:
     """How one GEMM operand is cast in the current call.
 
@@ -48,12 +67,15 @@ class Operand:
         granularity: What one scale covers.
         agreed: Whether data-parallel processes must hold the same scale, as delayed scaling with a
             reduced amax makes them; a rank that differs is then named.
+        part: What a plain tensor stands for where processes hold parts of it (tensor parallel);
+            None: it is whole. A DTensor says it by itself, and compiled graphs do not hear it.
     """
 
     format: str
     scale: torch.Tensor | None
     granularity: str = "tensor"
     agreed: bool = False
+    part: Part | None = None
 
 
 @runtime_checkable
@@ -124,3 +146,12 @@ class KeptAsCodes(Protocol):
     def plain(self) -> torch.Tensor:
         """The plain tensor that it stands for."""
         ...
+
+
+def held_by(parameter: torch.nn.Parameter, processes: int) -> None:
+    """Say that a plain parameter is one of several pieces, held by so many processes each.
+
+    For parameters that were cut by hand (tensor parallel); called before `watch`. Without it each
+    process's parameter is taken for a copy of the same numbers. A DTensor says it by itself.
+    """
+    parameter.held_by_processes = processes  # type: ignore[attr-defined]

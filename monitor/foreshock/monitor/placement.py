@@ -8,35 +8,17 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
 
-from foreshock.monitor.operands import KeptAsCodes
+from foreshock.monitor.operands import KeptAsCodes, Part
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
 __all__ = ["PLAIN", "WHOLE", "Part", "is_batched", "local_of", "part_of", "replicas"]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What this process's piece of a tensor stands for.
-
-    Attributes:
-        counted: Whether its sums enter the merge; a replica that another process counts does not.
-        offset: Position of its first feature among all features.
-        features: All features, or None where the piece has them all.
-        sharded: Whether other processes hold other pieces of it.
-    """
-
-    counted: bool = True
-    offset: int = 0
-    features: int | None = None
-    sharded: bool = False
 
 
 WHOLE: Final = Part()
@@ -81,10 +63,13 @@ def local_of(x: torch.Tensor) -> torch.Tensor:
 def replicas(parameter: torch.Tensor) -> float | None:
     """How many processes hold the same piece of a DTensor; None for a plain tensor.
 
-    A plain parameter that a framework has cut by hand (Megatron marks it with
-    `tensor_model_parallel`) is a piece of its own: 1.
+    A plain parameter that was cut by hand says so (`operands.held_by`), or a framework has marked
+    it: Megatron with `tensor_model_parallel`, a piece of its own: 1.
     """
     if not _is_dtensor(parameter):
+        told: int | None = getattr(parameter, "held_by_processes", None)
+        if told is not None:
+            return float(told)
         return 1.0 if getattr(parameter, "tensor_model_parallel", False) else None
     sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
     return float(math.prod(size for size, placement in sizes if placement.is_replicate()))

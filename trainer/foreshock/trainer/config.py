@@ -12,7 +12,7 @@ from typing import Final, Literal, get_args
 
 from foreshock.trainer.config_fields import LATER, later, one_of, require
 from foreshock.trainer.data_config import DataConfig
-from foreshock.trainer.faults import Fault
+from foreshock.trainer.faults import Fault, OutlierRamp, ScaleFault
 from foreshock.trainer.states_config import CommunicationConfig, StatesConfig
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "ScalingName",
     "ScheduleConfig",
     "StatesConfig",
+    "WireName",
 ]
 
 Architecture = Literal[
@@ -46,6 +47,7 @@ Architecture = Literal[
 ]
 Backend = Literal["bf16", "emulated", "native", "transformer_engine"]
 ScalingName = Literal["delayed", "current", "rowwise", "block128", "mxfp8", "nvfp4"]
+WireName = Literal["exact", "bfloat16", "fp8"]
 AttentionName = Literal["plain", "fp8", "biased", "biased_shifted", "biased_wide"]
 
 
@@ -303,6 +305,12 @@ class ExecutionConfig:
             the loss.
         parallel: What data-parallel processes do with the model: ddp (a copy each) or fsdp2
             (parameters, gradients and optimizer states sharded).
+        tensor_parallel: Over how many processes each block is cut: heads and hidden features.
+            Needs torchrun with as many processes.
+        sequence_parallel: Cut the residual stream between the blocks along its tokens, too.
+        wire: Activations between tensor-parallel processes: exact (their own type), bfloat16, or
+            fp8 (gathers send the codes that the FP8 GEMMs read, one byte each under a scale that
+            all processes share; sums are bfloat16; needs sequence_parallel).
     """
 
     device: Literal["cpu", "cuda"] = later("cpu")
@@ -310,14 +318,35 @@ class ExecutionConfig:
     deterministic: bool = later(False)
     compile: bool = later(False)
     parallel: Literal["ddp", "fsdp2"] = later("ddp")
+    tensor_parallel: int = later(1)
+    sequence_parallel: bool = later(False)
+    wire: WireName = later("exact")
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("device", ("cpu", "cuda")),
             ("parallel", ("ddp", "fsdp2")),
+            ("wire", get_args(WireName)),
         ):
             value = getattr(self, name)
             require(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        cut = self.tensor_parallel > 1
+        require(
+            self.tensor_parallel > 0,
+            f"tensor_parallel is {self.tensor_parallel}; allowed: 1 or more",
+        )
+        require(
+            cut or not self.sequence_parallel,
+            "sequence_parallel is true with tensor_parallel 1; allowed: 2 or more",
+        )
+        require(
+            self.wire != "fp8" or self.sequence_parallel,
+            "wire is fp8 without sequence_parallel, and nothing is gathered then; set it to true",
+        )
+        require(
+            not cut or (self.parallel == "ddp" and not self.compile),
+            "tensor_parallel takes execution.parallel ddp, without execution.compile",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,7 +427,20 @@ class RunConfig:
             not narrow or self.execution.parallel == "ddp",
             "states.parameters is bfloat16 under fsdp2; allowed: execution.parallel ddp",
         )
+        self._check_cut()
         require(self.tensor_every > 0, f"tensor_every is {self.tensor_every}; allowed: 1 or more")
+
+    def _check_cut(self) -> None:
+        if self.execution.tensor_parallel == 1:
+            return
+        require(
+            self.precision.backend != "transformer_engine" and self.states.level == "O0",
+            "tensor_parallel takes precision.backend bf16, emulated or native, and states.level O0",
+        )
+        require(
+            not isinstance(self.fault, ScaleFault | OutlierRamp),
+            "faults of layers (ScaleFault, OutlierRamp) are not for tensor_parallel",
+        )
 
     def as_dict(self) -> dict[str, object]:
         """Plain data, for the run registry and checkpoints."""

@@ -1,9 +1,9 @@
 """Checkpoints of runs on several processes: exact resume, on another number of them too.
 
 A folder `step-<number>`: torch.distributed.checkpoint's files, each process writing its own part
-(DDP and FSDP2), or at one of FP8-LM's levels the whole states in one file; and `about.pt`, which
-says whose it is. A checkpoint of one process (`checkpoint.py`) can be read here, and one of these
-by one process.
+(DDP and FSDP2), or at one of FP8-LM's levels, and with tensor parallel, the whole states in one
+file; and `about.pt`, which says whose it is. A checkpoint of one process (`checkpoint.py`) can be
+read here, and one of these by one process.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from foreshock.trainer import checkpoint
 from foreshock.trainer.checkpoint import CheckpointError, TrainingState
 from foreshock.trainer.config import RunConfig
 from foreshock.trainer.fp8lm import Fp8AdamW
+from foreshock.trainer.parallel import TensorParallel, joined_states, own_states
 from foreshock.trainer.world import World
 
 __all__ = ["latest", "load", "save"]
@@ -46,6 +47,7 @@ def save(
     *,
     entry: nn.Module,
     world: World,
+    cut: TensorParallel | None = None,
 ) -> Path:
     """Write `step-<next_step>` and drop all but the two newest; every process has to call it.
 
@@ -58,6 +60,7 @@ def save(
         next_step: The first step that is not yet taken.
         entry: The model as it is wrapped.
         world: The processes.
+        cut: How blocks are cut over them, if they are.
     """
     path = folder / f"step-{next_step:08d}"
     unfinished = folder / f".{path.name}.part"
@@ -65,7 +68,17 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     _wait(world)
-    if isinstance(state.optimizer, Fp8AdamW):
+    if cut is not None:
+        whole = joined_states(
+            state.model.state_dict(),
+            state.optimizer.state_dict(),
+            _names(state),
+            cut.cuts,
+            cut.whole,
+        )
+        if world.rank == 0:
+            torch.save(whole, unfinished / _STATES)
+    elif isinstance(state.optimizer, Fp8AdamW):
         # Weights are alike on every process; of the states each has its part.
         whole = {
             "model": state.model.state_dict(),
@@ -96,7 +109,13 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(
-    path: Path, config: RunConfig, state: TrainingState, *, entry: nn.Module, world: World
+    path: Path,
+    config: RunConfig,
+    state: TrainingState,
+    *,
+    entry: nn.Module,
+    world: World,
+    cut: TensorParallel | None = None,
 ) -> dict[str, Any]:
     """Restore a run in place; every process has to call it.
 
@@ -108,13 +127,21 @@ def load(
             the model is sharded.
     """
     if path.suffix == ".pt":
-        return _load_file(path, config, state, entry)
+        return _load_file(path, config, state, entry, cut)
     content = checkpoint.read(path / _ABOUT)
     checkpoint.check(path, content, config, state)
     if isinstance(state.optimizer, Fp8AdamW):
         whole = torch.load(path / _STATES, map_location="cpu", weights_only=True)
         state.model.load_state_dict(whole["model"])
         state.optimizer.load_full_state_dict(whole["optimizer"])
+    elif (path / _STATES).is_file():
+        whole = torch.load(path / _STATES, map_location="cpu", weights_only=True)
+        _load_whole(path, whole, state, entry, cut)
+    elif cut is not None:
+        raise CheckpointError(
+            f"{path} is in parts of data-parallel processes; resume it with "
+            "execution.tensor_parallel 1"
+        )
     else:
         model, optimizer = get_state_dict(entry, state.optimizer)
         held: dict[str, Any] = {"model": model, "optimizer": optimizer}
@@ -131,21 +158,44 @@ def load(
 
 
 def _load_file(
-    path: Path, config: RunConfig, state: TrainingState, entry: nn.Module
+    path: Path,
+    config: RunConfig,
+    state: TrainingState,
+    entry: nn.Module,
+    cut: TensorParallel | None,
 ) -> dict[str, Any]:
+    content = checkpoint.read(path)
+    checkpoint.check(path, content, config, state)
+    _load_whole(path, content, state, entry, cut)
+    torch.set_rng_state(content["random"])
+    return content
+
+
+def _load_whole(
+    path: Path,
+    held: dict[str, Any],
+    state: TrainingState,
+    entry: nn.Module,
+    cut: TensorParallel | None,
+) -> None:
+    """Whole states into whole, copied or cut ones."""
     if isinstance(entry, FSDPModule):
         raise CheckpointError(
             f"{path} is of one process and execution.parallel is fsdp2; resume it with ddp"
         )
-    content = checkpoint.read(path)
-    checkpoint.check(path, content, config, state)
-    state.model.load_state_dict(content["model"])
+    if cut is not None:
+        held = own_states(held, _names(state), cut.cuts, cut.wire.rank)
+    state.model.load_state_dict(held["model"])
     if isinstance(state.optimizer, Fp8AdamW):
-        state.optimizer.load_full_state_dict(content["optimizer"])
+        state.optimizer.load_full_state_dict(held["optimizer"])
     else:
-        state.optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["random"])
-    return content
+        state.optimizer.load_state_dict(held["optimizer"])
+
+
+def _names(state: TrainingState) -> list[str]:
+    """Of the parameters, in the order in which the optimizer numbers them."""
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    return [names[p] for group in state.optimizer.param_groups for p in group["params"]]
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -344,7 +344,12 @@ class _Run:
         if self.world.alone and path.is_file():
             return checkpoint.load(path, self.config, self._state())
         content = distributed_checkpoint.load(
-            path, self.config, self._state(), entry=self.trainee.entry, world=self.world
+            path,
+            self.config,
+            self._state(),
+            entry=self.trainee.entry,
+            world=self.world,
+            cut=self.trainee.cut,
         )
         return checkpoint.Resumed.of(content)
 
@@ -354,7 +359,13 @@ class _Run:
             path = checkpoint.save(folder, config, state, next_step)
         else:
             path = distributed_checkpoint.save(
-                folder, config, state, next_step, entry=self.trainee.entry, world=self.world
+                folder,
+                config,
+                state,
+                next_step,
+                entry=self.trainee.entry,
+                world=self.world,
+                cut=self.trainee.cut,
             )
         if watcher:
             watcher.event("checkpoint", path.name)

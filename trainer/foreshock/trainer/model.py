@@ -25,7 +25,23 @@ from foreshock.trainer.precision import (
     leave_in_bf16,
 )
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "TokenSplit"]
+
+
+class TokenSplit:
+    """Which tokens of every sequence this process has between the blocks: here, all of them."""
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """This process's tokens; (..., T) to (..., T / processes)."""
+        return tokens
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """The mean over all processes' tokens, 0-dim."""
+        return loss
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """All processes' tokens, (..., T, V)."""
+        return logits
 
 
 class Decoder(nn.Module):
@@ -67,6 +83,7 @@ class Decoder(nn.Module):
         self._multiplier = 1 / config.init_std if anatomy.unit_embeddings else 1.0
         self._faults: LayerFaults | None = None
         self.head_loss = HeadLoss()
+        self.split = TokenSplit()
         with torch.no_grad():
             for parameter in self._matrices():
                 parameter.normal_(std=config.init_std)
@@ -113,6 +130,8 @@ class Decoder(nn.Module):
         turns = rotary_turns(tokens.shape[-1], self.config.head_width, tokens.device)
         if self.narrow:
             turns = torch.view_as_real(turns)
+        tokens = self.split.own(tokens)
+        targets = None if targets is None else self.split.own(targets)
         x = self._embed(tokens)
         with self._around():
             for block in self.blocks:
@@ -122,14 +141,15 @@ class Decoder(nn.Module):
         flat = x.reshape(*self.lead, -1, self.config.width)
         head = self.embedding if self.head is None else self.head
         if self.narrow and targets is not None:
-            return self._balanced(self.head_loss(flat, head, targets.reshape(-1)))
+            loss = self.head_loss(flat, head, targets.reshape(-1))
+            return self._balanced(self.split.loss(loss))
         weight = head.float() if head.dtype == torch.bfloat16 else head
         logits = flat.to(weight.dtype) @ weight.transpose(-1, -2)
         if targets is None:
-            return logits.view(*tokens.shape, self.config.vocabulary)
+            return self.split.logits(logits.view(*tokens.shape, self.config.vocabulary))
         rows = logits.view(-1, self.config.vocabulary)
         losses = cross_entropy(rows, targets.reshape(-1))
-        return self._balanced(losses.view(*self.lead, -1).mean(-1))
+        return self._balanced(self.split.loss(losses.view(*self.lead, -1).mean(-1)))
 
     def _balanced(self, loss: Tensor) -> Tensor:
         """The same loss, with the load-balancing loss of experts in its gradient alone."""

@@ -23,9 +23,11 @@ from foreshock.trainer.checkpoint import load_weights
 from foreshock.trainer.compiled import compile_model
 from foreshock.trainer.config import RunConfig
 from foreshock.trainer.fp8lm import Fp8AdamW
+from foreshock.trainer.fp8lm.transport import Transport
 from foreshock.trainer.master_adamw import keep_in_bfloat16
 from foreshock.trainer.model import Decoder
 from foreshock.trainer.optimizer import clip_gradients, make_optimizer
+from foreshock.trainer.parallel import TensorParallel, cut_model
 from foreshock.trainer.precision import Scaling
 from foreshock.trainer.recompute import recompute_in_backward
 from foreshock.trainer.world import World
@@ -58,12 +60,14 @@ class Trainee:
         entry: What is called and watched: the decoder, or its data-parallel wrapper.
         optimizer: Of its parameters.
         gradients: Their reduction and clipping.
+        cut: How blocks are cut over processes, if they are.
     """
 
     model: Decoder
     entry: nn.Module
     optimizer: torch.optim.Optimizer
     gradients: Gradients
+    cut: TensorParallel | None = None
 
 
 def make_trainee(config: RunConfig, world: World) -> Trainee:
@@ -73,9 +77,12 @@ def make_trainee(config: RunConfig, world: World) -> Trainee:
         ValueError: The model cannot be trained like that.
     """
     torch.manual_seed(config.seed)
-    model = Decoder(config.model, config.precision).to(world.device)
+    model = Decoder(config.model, config.precision)
+    if world.tensor_size == 1:
+        model.to(world.device)
     if config.initial is not None:
         load_weights(Path(config.initial), model)
+    cut = _cut(model, config, world)
     for block in model.blocks:
         if config.execution.recompute:
             recompute_in_backward(block)
@@ -85,10 +92,27 @@ def make_trainee(config: RunConfig, world: World) -> Trainee:
         return _at_level(model, config, world)
     if config.states.parameters == "bfloat16":
         keep_in_bfloat16(model)
+    if cut is not None:
+        optimizer = make_optimizer(model, config.optimizer, config.states)
+        held = CutGradients(model, cut)
+        return Trainee(model=model, entry=model, optimizer=optimizer, gradients=held, cut=cut)
     entry = _spread(model, config, world)
     optimizer = make_optimizer(model, config.optimizer, config.states)
     gradients = PlainGradients(model, entry, world)
     return Trainee(model=model, entry=entry, optimizer=optimizer, gradients=gradients)
+
+
+def _cut(model: Decoder, config: RunConfig, world: World) -> TensorParallel | None:
+    """Cut the blocks over processes and move what is kept to the device, if the run says so."""
+    if world.tensor_size == 1:
+        return None
+    assert world.mesh is not None
+    transport = Transport(world.mesh["tensor"].get_group())
+    execution = config.execution
+    # Cut on the CPU, so that no device ever holds the whole; scales are agreed on later.
+    cut = cut_model(model, transport, sequence=execution.sequence_parallel, form=execution.wire)
+    model.to(world.device)
+    return cut
 
 
 def _at_level(model: Decoder, config: RunConfig, world: World) -> Trainee:
@@ -149,6 +173,37 @@ class PlainGradients:
     def told(self, norm: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Nothing: a watch takes the norm of what stands in `.grad`."""
         return {}
+
+
+class CutGradients:
+    """Gradients of a model whose blocks are cut over processes, each with the same data.
+
+    Args:
+        model: This process's part.
+        cut: What the processes tell each other.
+    """
+
+    def __init__(self, model: Decoder, cut: TensorParallel) -> None:
+        self._model, self._cut = model, cut
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[object]:
+        """Gradients add up where they are."""
+        return nullcontext()
+
+    def reduce(self) -> None:
+        """Whole parameters that saw a part of the tokens or of the features; scales agree."""
+        self._cut.reduce_gradients()
+
+    def clip(self, limit: float | None) -> torch.Tensor:
+        """As `optimizer.clip_gradients`, over all processes' pieces."""
+        norm = self._cut.gradient_norm()
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(self._model.parameters(), limit, norm)
+        return norm
+
+    def told(self, norm: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """The norm: a watch saw gradients before they were added up."""
+        return {"grad_norm": norm}
 
 
 class HeldGradients:

@@ -29,7 +29,8 @@ class World:
         device: Where this process computes.
         data_rank: Which part of each batch is this process's.
         data_size: Into how many parts a batch is cut.
-        mesh: Processes along "data"; None for a single process.
+        tensor_rank, tensor_size: Which part of each block, and of how many, is this process's.
+        mesh: Processes along "data" and "tensor"; None for a single process.
     """
 
     rank: int = 0
@@ -37,6 +38,8 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     data_rank: int = 0
     data_size: int = 1
+    tensor_rank: int = 0
+    tensor_size: int = 1
     mesh: DeviceMesh | None = None
 
     @property
@@ -82,18 +85,20 @@ def joined(config: ExecutionConfig) -> Iterator[World]:
     A process group that exists already is used and left as it is.
 
     Raises:
-        ValueError: The device is not there.
+        ValueError: The device is not there, or too few processes or too many.
     """
     device = _device(config)
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not dist.is_initialized() and not launched:
+        _check_size(config, 1)
         yield World(device=device)
         return
     made = not dist.is_initialized()
     if made:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield _world(device)
+        _check_size(config, dist.get_world_size())
+        yield _world(device, config.tensor_parallel)
     finally:
         if made:
             dist.destroy_process_group()
@@ -112,7 +117,16 @@ def _device(config: ExecutionConfig) -> torch.device:
     return device
 
 
-def _world(device: torch.device) -> World:
+def _check_size(config: ExecutionConfig, size: int) -> None:
+    wanted = config.tensor_parallel
+    if wanted not in (1, size):
+        raise ValueError(
+            f"execution.tensor_parallel is {wanted} and {size} processes run; start {wanted} "
+            f"(torchrun --nproc-per-node {wanted})"
+        )
+
+
+def _world(device: torch.device, tensor: int) -> World:
     rank, size = dist.get_rank(), dist.get_world_size()
     if size == 1:
         return World(device=device)
@@ -120,7 +134,11 @@ def _world(device: torch.device) -> World:
         rank=rank,
         size=size,
         device=device,
-        data_rank=rank,
-        data_size=size,
-        mesh=init_device_mesh(device.type, (size,), mesh_dim_names=("data",)),
+        data_rank=rank // tensor,
+        data_size=size // tensor,
+        tensor_rank=rank % tensor,
+        tensor_size=tensor,
+        mesh=init_device_mesh(
+            device.type, (size // tensor, tensor), mesh_dim_names=("data", "tensor")
+        ),
     )

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from foreshock.trainer.blocks.heads import GainedHeads
 from foreshock.trainer.blocks.parts import Parts, Tap
 from foreshock.trainer.config import ModelConfig
 from foreshock.trainer.precision import HeadSizes
@@ -87,6 +88,12 @@ class Attention(nn.Module):
         self.core = parts.attention_core(scale=scale, heads=heads)
         self.out = parts.linear(config.width, config.width)
 
+    def keep_heads(self, ranks: int) -> None:
+        """Compute one of `ranks` equal parts of the heads; the layers are cut by the caller."""
+        self.heads, self.key_heads = self.heads // ranks, self.key_heads // ranks
+        if isinstance(self.regulariser, GainedHeads):
+            self.regulariser.keep_heads(ranks)
+
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         """Shape (*lead, B, T, D), kept."""
         # (lead B, T, H + 2 G, K), q then k then v: the stack folds into the batch.
@@ -105,5 +112,5 @@ class Attention(nn.Module):
             parts = torch.split(qk, [self.heads, self.key_heads], dim=2)
             q, k = (rotate(part, turns).transpose(1, 2) for part in parts)
         mixed = self.core(q, k, v.transpose(1, 2))
-        y: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
+        y: Tensor = self.out(mixed.transpose(1, 2).reshape(*x.shape[:-1], self.out.in_features))
         return y

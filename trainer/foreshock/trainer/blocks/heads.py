@@ -13,7 +13,7 @@ from foreshock.trainer.blocks.fused import unit_rms
 from foreshock.trainer.blocks.parts import Parts
 from foreshock.trainer.config import ModelConfig
 
-__all__ = ["FrozenHeadNorm", "HeadTanh", "LearnedHeadNorm", "WholeNorm"]
+__all__ = ["FrozenHeadNorm", "GainedHeads", "HeadTanh", "LearnedHeadNorm", "WholeNorm"]
 
 
 class FrozenHeadNorm(nn.Module):
@@ -27,12 +27,16 @@ class FrozenHeadNorm(nn.Module):
         return unit_rms(qk)
 
 
-class _Gained(nn.Module):
+class GainedHeads(nn.Module):
     """Holds what is learned for queries and for keys, and lays it out over the heads."""
 
     def __init__(self, parts: Parts, config: ModelConfig) -> None:
         super().__init__()
         self.lead, self.heads, self.key_heads = parts.lead, config.heads, config.key_heads
+
+    def keep_heads(self, ranks: int) -> None:
+        """Lay it out over one of `ranks` equal parts of the heads."""
+        self.heads, self.key_heads = self.heads // ranks, self.key_heads // ranks
 
     def over_heads(self, query: Tensor, key: Tensor) -> Tensor:
         """(*lead, F) for queries and for keys to (*lead, 1, 1, H + G, F)."""
@@ -46,7 +50,7 @@ class _Gained(nn.Module):
         return gained.view(qk.shape).to(qk.dtype)
 
 
-class LearnedHeadNorm(_Gained):
+class LearnedHeadNorm(GainedHeads):
     """g z / rms(z) per head, g of shape (*lead, K) for queries and for keys: OP."""
 
     def __init__(self, parts: Parts, config: ModelConfig) -> None:
@@ -59,7 +63,7 @@ class LearnedHeadNorm(_Gained):
         return self.scaled(unit_rms(qk), self.over_heads(self.query_gain, self.key_gain))
 
 
-class HeadTanh(_Gained):
+class HeadTanh(GainedHeads):
     """tanh(alpha z), alpha one learnable number for queries and one for keys, first 1: FOG-flash.
 
     No reduction over the head, so cheaper than a norm; |q k| <= K holds all the same.

@@ -7,14 +7,14 @@ bias, and no GEMM outside linear layers: attention's two products stay with the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from foreshock.monitor.operands import Operand
+from foreshock.monitor.operands import Operand, Part
 from foreshock.trainer.config import PrecisionConfig
 from foreshock.trainer.precision.cast import GEMM_DTYPE, quantize
 from foreshock.trainer.precision.fast_stack import stack_kernels_for
@@ -41,6 +41,7 @@ class GemmLinear(nn.Module, ABC):
         self.in_features, self.out_features, self.lead = in_features, out_features, lead
         self.weight = nn.Parameter(torch.zeros(*lead, out_features, in_features))
         self._input_gain: Tensor | None = None
+        self._parts: Mapping[str, Part] = {}
         # A pre-hook, so that a monitor's hooks see the input as the GEMM does.
         self.register_forward_pre_hook(_apply_input_gain)
 
@@ -53,6 +54,21 @@ class GemmLinear(nn.Module, ABC):
 
         Layers that keep any do so from the first call on, over all micro-batches of a step.
         """
+
+    def keep_piece(self, weight: Tensor, parts: Mapping[str, Part]) -> None:
+        """Hold a piece of the weight from now on; other processes hold the others.
+
+        Args:
+            weight: The piece, (out_features, in_features) of this process.
+            parts: What this process's operands stand for, by role.
+        """
+        self.weight = nn.Parameter(weight)
+        self.out_features, self.in_features = weight.shape
+        self._parts = dict(parts)
+
+    def part(self, role: str) -> Part | None:
+        """What this process's operand stands for; None where it is whole."""
+        return self._parts.get(role)
 
     def set_input_gain(self, gain: Tensor | None) -> None:
         """Multiply the input's features by it and the weight's columns by its inverse (a fault).
@@ -105,7 +121,7 @@ class Bf16Linear(GemmLinear):
     def operand(self, role: str) -> Operand:
         """Always bf16, unscaled."""
         check_role(role)
-        return Operand("bf16", None)
+        return Operand("bf16", None, part=self.part(role))
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), x's type."""
@@ -212,9 +228,9 @@ class Fp8Linear(GemmLinear):
         """
         scaling = self.scaling_of(role)
         if self.in_bf16:
-            return Operand("bf16", None)
+            return Operand("bf16", None, part=self.part(role))
         scale = scaling.in_force() if role == "grad_output" else scaling.used
-        return Operand(scaling.fp8_format, scale)
+        return Operand(scaling.fp8_format, scale, part=self.part(role))
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*lead, B, T, in_features) to (*lead, B, T, out_features), x's type."""

@@ -71,10 +71,10 @@ class NativeLinear(Fp8Linear):
         scale = scaling.in_force()
         amax = None
         if scale is None:
-            amax = tensor_amax(x, 0)
+            amax = scaling.agreed(tensor_amax(x, 0))
             scale = scaling.scale_for(amax)
         rows, columns, found = cast_both(x, scale, scaling.fp8_format)
-        scaling.saw(found if amax is None else amax, scale, update=self.training)
+        scaling.saw(scaling.agreed(found) if amax is None else amax, scale, update=self.training)
         return Codes(rows, columns, scaling.inverse(scale))
 
     def weight_codes(self, weight: Tensor) -> Codes:

@@ -5,7 +5,7 @@ One object serves one tensor or a stack of models, one scale each. It casts noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class Scaling(nn.Module):
         used: The scale of the latest cast, shape lead.
         history: Latest amax values, newest first, shape (*lead, longest history).
         valid: Which entries of history count, shape (*lead, longest history).
+        agree: From the amax of this process's part of a tensor to that of the whole; None where it
+            is whole. Every process has to cast alike then.
     """
 
     scale: Tensor
@@ -83,6 +85,7 @@ class Scaling(nn.Module):
         self._fault_inverse: Tensor | None = None
         self._known_ahead = not self._any_current
         self._deferred = False
+        self.agree: Callable[[Tensor], Tensor] | None = None
         self.seen: Tensor | None = None
 
     def limit_history(self, lengths: Tensor) -> None:
@@ -202,10 +205,14 @@ class Scaling(nn.Module):
         Returns:
             Scale in force for x, float32 of shape lead.
         """
-        amax = tensor_amax(x, self.scale.dim())
+        amax = self.agreed(tensor_amax(x, self.scale.dim()))
         scale = self.scale_for(amax)
         self.saw(amax, scale, update=update)
         return scale
+
+    def agreed(self, amax: Tensor) -> Tensor:
+        """The amax that counts: see `agree`."""
+        return amax if self.agree is None else self.agree(amax)
 
     def saw(self, amax: Tensor, scale: Tensor, *, update: bool) -> None:
         """Take note of a cast that has been done.

@@ -60,9 +60,7 @@ def fitted(
     }
 
 
-def write_weights(
-    subjects: Sequence[Mapping[str, Any]], seeds: str, stacks: Sequence[int]
-) -> None:
+def write_weights(subjects: Sequence[Mapping[str, Any]], seeds: str, stacks: Sequence[int]) -> None:
     """Fit, and write what the diagnosis reads.
 
     Args:

@@ -26,7 +26,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="For a program to read.")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    group = typer.Typer(help="Alerts: list, acknowledge, snooze, judge, preview.", no_args_is_help=True)
+    group = typer.Typer(help="Alerts: list, mute, judge, preview.", no_args_is_help=True)
     group.command("list")(list_)
     group.command("acknowledge")(acknowledge)
     group.command("snooze")(snooze)

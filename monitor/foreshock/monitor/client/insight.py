@@ -1,5 +1,4 @@
-"""Calls of the client that look across runs: comparing two, what is known of the forecaster,
-and how often alerts were right.
+"""Calls of the client that look across runs: two compared, the forecaster, alerts that were right.
 
 A part of `Client`, apart for its size.
 """

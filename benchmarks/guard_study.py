@@ -7,14 +7,17 @@ Every subject is one run that is broken in some way (or is healthy) and its heal
 rule rolls back to the newest snapshot, and skips the data, whenever the loss stands six standard
 deviations over the mean of the last 128 (OLMo-core's spike rule). A run is lost if it ends without
 a finite loss or more than 0.25 nat above its twin without a guard; saved if it then ends within
-0.05 nat of it. Losses are of held-out text after the last step. Seeds stand at and above 3 * 2^40,
-where no corpus and no demonstration has any; that no subject was fitted on is checked as well.
+0.05 nat of it. Losses are of held-out text after the last step. Seeds of the study stand at and
+above 7 * 2^40; those that the guard's rules were made with (`--development`) at and above 5 * 2^40;
+neither where a corpus or a demonstration has any, and that no subject was fitted on is checked as
+well. (The first published study had 3 * 2^40, and has been looked at.)
 Results are kept subject by subject, and a second call with the same --out goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -31,16 +34,16 @@ from typing import Any, Final
 
 import numpy as np
 
-SEEDS: Final = 3 << 40
-GROUPS: Final = ("runaway rate", "bad batches", "scale fault", "natural rate", "healthy")
+from benchmarks.guard_report import GROUPS, STEPS, report
+
+SEEDS: Final = 7 << 40
+DEVELOPMENT_SEEDS: Final = 5 << 40
+HARD: Final = ("plain", "warm-up", "decay", "data switch", "batch ramp", "plateau", "noisy")
 ARMS: Final = ("twin", "off", "naive", "guard")
-STEPS: Final = 400
-LOST: Final = 0.25
-SAVED: Final = 0.05
 
 
-def subject(number: int) -> tuple[str, Any, Any]:
-    """Group, configuration and healthy twin of one subject."""
+def subject(number: int, seeds: int = SEEDS) -> tuple[str, Any, Any]:
+    """Group, configuration and healthy twin of one subject; the healthy are their own twins."""
     from foreshock.trainer.config import (
         DataConfig,
         EvaluationConfig,
@@ -51,7 +54,7 @@ def subject(number: int) -> tuple[str, Any, Any]:
         ScheduleConfig,
     )
 
-    random = np.random.Generator(np.random.Philox(key=[number, SEEDS]))
+    random = np.random.Generator(np.random.Philox(key=[number, seeds]))
     group = GROUPS[number % len(GROUPS)]
     twin = RunConfig(
         name=f"guard-{number}",
@@ -69,11 +72,36 @@ def subject(number: int) -> tuple[str, Any, Any]:
         schedule=ScheduleConfig(warmup_steps=int(random.integers(20, 60))),
         data=DataConfig(sequence_length=48, batch_size=4, held_out=0.05),
         steps=STEPS,
-        seed=SEEDS + number,
+        seed=seeds + number,
         tensor_every=4,
         evaluation=EvaluationConfig(every=STEPS, batches=24),
     )
+    if group == "healthy":
+        twin = _hard(HARD[number // len(GROUPS) % len(HARD)], twin, random)
     return group, _broken(group, twin, random), twin
+
+
+def _hard(what: str, plain: Any, random: np.random.Generator) -> Any:
+    """A healthy run of a kind that fools detectors."""
+    from foreshock.trainer.config import ScheduleConfig
+
+    at = int(random.integers(120, 220))
+    schedule, data, optimizer = plain.schedule, plain.data, plain.optimizer
+    if what == "warm-up":
+        # The longest steps that are healthy: the highest rate, reached at once and late.
+        optimizer = replace(optimizer, learning_rate=4e-3)
+        schedule = ScheduleConfig(warmup_steps=(10, 200)[int(random.integers(2))])
+    elif what == "decay":
+        schedule = replace(schedule, decay_share=float(random.uniform(0.3, 0.8)))
+    elif what == "data switch":
+        data = replace(data, alternate="docstrings", switch_at=at)
+    elif what == "batch ramp":
+        data = replace(data, repeats=4, repeats_until=at)
+    elif what == "plateau":
+        schedule = replace(schedule, drop_at=at, drop_to=float(random.uniform(0.01, 0.1)))
+    elif what == "noisy":
+        data = replace(data, repeats=4)
+    return replace(plain, schedule=schedule, data=data, optimizer=optimizer)
 
 
 def _broken(group: str, twin: Any, random: np.random.Generator) -> Any:
@@ -129,6 +157,9 @@ class NaiveRule:
         self._newest: int | None = None
         self.latest = math.nan
         self.rollbacks = 0
+
+    def begin(self, step: int) -> None:
+        """It keeps nothing before its first snapshot."""
 
     def attach(self, watcher: object) -> None:
         """It needs no watch."""
@@ -252,12 +283,12 @@ def _artifact() -> Any:
     return _ARTIFACT[0]
 
 
-def run_subject(number: int) -> dict[str, Any]:
+def run_subject(number: int, seeds: int = SEEDS) -> dict[str, Any]:
     """All arms of one subject."""
     import torch
 
     torch.set_num_threads(1)
-    group, config, twin = subject(number)
+    group, config, twin = subject(number, seeds)
     artifact = _artifact()
     if artifact is None:
         raise SystemExit("no forecaster is installed with the package; `foreshock fit` makes one")
@@ -279,6 +310,7 @@ def run_subject(number: int) -> dict[str, Any]:
         "architecture": config.model.architecture,
         "scaling": config.precision.scaling,
         "fault": fault,
+        "hard": HARD[number // len(GROUPS) % len(HARD)] if group == "healthy" else None,
         "arms": arms,
     }
 
@@ -289,125 +321,6 @@ def _quiet() -> Iterator[None]:
 
     logging.getLogger("foreshock.monitor").setLevel(logging.ERROR)
     yield
-
-
-# Judging.
-
-
-def lost(found: dict[str, Any]) -> bool:
-    """Whether the run is lost without a guard."""
-    twin, off = (found["arms"][arm]["loss"] for arm in ("twin", "off"))
-    return off is None or off > twin + LOST
-
-
-def saved(found: dict[str, Any], arm: str) -> bool:
-    """Whether an arm ends as well as the twin."""
-    loss, twin = found["arms"][arm]["loss"], found["arms"]["twin"]["loss"]
-    return loss is not None and loss <= twin + SAVED
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    if not count:
-        return 0.0, 1.0
-    z, share = 1.96, hits / count
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def report(document: dict[str, Any]) -> str:
-    """The study in Markdown."""
-    subjects = document["subjects"]
-    lines = [
-        "# Guard study",
-        "",
-        f"{len(subjects)} subjects of {STEPS} steps, seeds from 3 * 2^40 on, none fitted on."
-        f" Forecaster {document['version']}, sha256 of its file {document['digest'][:16]}."
-        f" `{document['command']}`, {document['processes']} processes, {document['device']}.",
-        "",
-        "A run is lost if without a guard it ends non-finite or more than"
-        f" {LOST} nat over its healthy twin (held-out loss); saved if it ends within {SAVED} nat of"
-        " it, or below. The twin of a rate that is too high by nature has a calm rate. In brackets"
-        " 95 % intervals (Wilson).",
-        "",
-        "| group | lost without | saved by the naive rule | saved by the guard"
-        " | median gap to the twin: off, naive, guard | median steps wasted: naive, guard |",
-        "|---|---|---|---|---|---|",
-    ]
-    for group in (*GROUPS[:-1], "all"):
-        mine = [s for s in subjects if s["group"] != "healthy" and group in (s["group"], "all")]
-        bad = [s for s in mine if lost(s)]
-        lines.append(_row(group, len(mine), bad))
-    lines += ["", *_harm(subjects), "", *_rest(subjects), ""]
-    return "\n".join(lines)
-
-
-def _row(group: str, count: int, bad: list[dict[str, Any]]) -> str:
-    shares = []
-    for arm in ("naive", "guard"):
-        hits = sum(saved(s, arm) for s in bad)
-        low, high = wilson(hits, len(bad))
-        text = f"{hits / len(bad):.0%} [{low:.0%}, {high:.0%}]" if bad else "-"
-        shares.append(f"{hits}: {text}")
-    gaps = ", ".join(_median_gap(bad, arm) for arm in ("off", "naive", "guard"))
-    waste = ", ".join(
-        f"{statistics.median(s['arms'][arm]['wasted'] for s in bad):g}" if bad else "-"
-        for arm in ("naive", "guard")
-    )
-    return f"| {group} | {len(bad)} of {count} | {shares[0]} | {shares[1]} | {gaps} | {waste} |"
-
-
-def _median_gap(bad: list[dict[str, Any]], arm: str) -> str:
-    if not bad:
-        return "-"
-    gaps = [
-        math.inf
-        if s["arms"][arm]["loss"] is None
-        else s["arms"][arm]["loss"] - s["arms"]["twin"]["loss"]
-        for s in bad
-    ]
-    return f"{statistics.median(gaps):.3f}"
-
-
-def _harm(subjects: list[dict[str, Any]]) -> list[str]:
-    healthy = [s for s in subjects if s["group"] == "healthy"]
-    if not healthy:
-        return ["No healthy run was finished."]
-    lines = [
-        "| healthy runs | extra steps | touched | mean gap to the twin | worst gap |",
-        "|---|---|---|---|---|",
-    ]
-    for arm in ("naive", "guard"):
-        extra = sum(s["arms"][arm]["wasted"] for s in healthy) / (STEPS * len(healthy))
-        touched = sum(
-            bool(s["arms"][arm]["rollbacks"] or s["arms"][arm]["interventions"]) for s in healthy
-        )
-        gaps = [(s["arms"][arm]["loss"] or math.inf) - s["arms"]["twin"]["loss"] for s in healthy]
-        lines.append(
-            f"| {arm} | {extra:.1%} | {touched} of {len(healthy)} |"
-            f" {statistics.fmean(gaps):+.4f} | {max(gaps):+.4f} |"
-        )
-    return lines
-
-
-def _rest(subjects: list[dict[str, Any]]) -> list[str]:
-    mild = [s for s in subjects if s["group"] != "healthy" and not lost(s)]
-    worse = [
-        s["subject"]
-        for s in mild
-        if s["arms"]["guard"]["loss"] is None
-        or s["arms"]["guard"]["loss"] - SAVED
-        > max(s["arms"]["off"]["loss"], s["arms"]["twin"]["loss"])
-    ]
-    missed = [s["subject"] for s in subjects if lost(s) and not saved(s, "guard")]
-    failures = sum(s["arms"]["guard"]["failures"] for s in subjects)
-    return [
-        f"Of {len(mild)} broken runs that get over it by themselves the guard made {len(worse)}"
-        f" worse by more than {SAVED} nat ({worse}). Lost with the guard: {missed}. Failures inside"
-        f" the guard: {failures}.",
-    ]
 
 
 # Running.
@@ -424,14 +337,7 @@ def digest() -> str:
 
 def main() -> None:
     """Run what is missing until the time is up, and write JSON and Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/results/guard.json"))
-    parser.add_argument("--subjects", type=int, default=120)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seconds", type=float, default=280.0)
-    parser.add_argument("--device", default="CPU", help="said in the report")
-    parser.add_argument("--report", type=Path, help="only write the Markdown of this JSON again")
-    given = parser.parse_args()
+    given = _arguments()
     if given.report:
         _write(given.report, json.loads(given.report.read_text()))
         return
@@ -441,7 +347,8 @@ def main() -> None:
     end = time.monotonic() + given.seconds
     context = multiprocessing.get_context("spawn")
     with context.Pool(given.processes, maxtasksperchild=None) as pool:
-        results = pool.imap_unordered(run_subject, todo)
+        run = functools.partial(run_subject, seeds=document["seeds"])
+        results = pool.imap_unordered(run, todo)
         for _ in todo:
             try:
                 found = results.next(max(end - time.monotonic(), 0.01))
@@ -456,16 +363,32 @@ def main() -> None:
     print(report(document))
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/results/guard.json"))
+    parser.add_argument("--subjects", type=int, default=120)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seconds", type=float, default=280.0)
+    parser.add_argument(
+        "--development", action="store_true", help="the seeds that rules were made with"
+    )
+    parser.add_argument("--device", default="CPU", help="said in the report")
+    parser.add_argument("--report", type=Path, help="only write the Markdown of this JSON again")
+    return parser.parse_args()
+
+
 def _begun(given: argparse.Namespace) -> dict[str, Any]:
+    seeds = DEVELOPMENT_SEEDS if given.development else SEEDS
     if given.out.exists():
         before: dict[str, Any] = json.loads(given.out.read_text())
-        if before["digest"] == digest():
+        if before["digest"] == digest() and before.get("seeds") == seeds:
             return before
-        print("another forecaster than in the results so far: all is run again")
+        print("another forecaster or other seeds than in the results so far: all is run again")
     artifact = _artifact()
     return {
         "version": artifact.version,
         "digest": digest(),
+        "seeds": seeds,
         "device": given.device,
         "processes": given.processes,
         "command": "python -m benchmarks.guard_study",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -23,8 +25,9 @@ from foreshock.monitor.guard.actions import (
 )
 from foreshock.monitor.guard.decisions import decide
 from foreshock.monitor.guard.policy import GuardPolicy
+from foreshock.monitor.guard.signals import misfit_layers
 from foreshock.monitor.guard.state import GuardState, Seen
-from foreshock.monitor.record import Risk, Suspect
+from foreshock.monitor.record import Risk, StepRecord, Suspect, TensorIdentity, TensorStatistics
 
 POLICY = GuardPolicy(snapshot_every=10, good_after=10, rate_hold=40, cooldown=5)
 
@@ -49,6 +52,8 @@ class Story:
         rate: float = 1e-3,
         loss: float = 2.0,
         suspect: Suspect | None = None,
+        update: float | None = None,
+        misfits: tuple[str, ...] | None = None,
     ) -> list[Action]:
         new: list[Action] = []
         for _ in range(steps):
@@ -59,6 +64,10 @@ class Story:
                 loss=loss,
                 rate=rate,
                 suspect=suspect,
+                update=update,
+                used=rate,
+                misfits=misfits,
+                layers=10,
             )
             decision = decide(self.policy, self.state, seen)
             self.state = decision.state
@@ -230,6 +239,134 @@ def test_it_rolls_back_only_to_snapshots_that_are_held_and_known_good(
             assert held == {m.step for m in story.state.marks}
     assert story.state.rollbacks <= POLICY.most_rollbacks
     assert story.state.interventions <= POLICY.most_interventions
+
+
+def test_before_anything_is_known_good_it_goes_back_to_the_beginning() -> None:
+    story = Story()
+    story.state, story.step = GuardState.begun(7), 7
+    story.go(3)
+    actions = story.go(state="firing", kind="detection", loss=9.0)
+    assert of(RollBack, actions)[0].to == 7  # type: ignore[union-attr]
+
+
+def test_a_snapshot_further_back_than_may_be_wasted_is_not_gone_back_to() -> None:
+    story = Story(replace(POLICY, most_wasted=20))
+    story.state = GuardState.begun(0)
+    story.go(19, loss=2.0)
+    story.go(31, state="pending", kind="forecast")
+    actions = story.go(state="firing", kind="detection", loss=9.0)
+    assert of(RollBack, actions) == []
+    assert of(Advise, actions)
+
+
+def test_trouble_that_comes_back_is_met_by_a_lower_rate_each_time() -> None:
+    story = Story()
+    story.go(80)
+    cause = Suspect(name="learning_rate")
+    ceilings: list[float] = []
+    for _ in range(4):
+        actions = story.go(state="firing", kind="detection", suspect=cause)
+        ceilings += [a.ceiling for a in actions if isinstance(a, LimitRate) and a.ceiling]
+        story.go(5)
+    assert len(ceilings) == 4
+    assert all(later <= 0.5 * earlier for earlier, later in pairwise(ceilings))
+    assert ceilings[3] / ceilings[2] < ceilings[1] / ceilings[0]
+
+
+def test_scales_that_do_not_fit_for_some_records_get_bf16_before_any_rollback() -> None:
+    story = Story(replace(POLICY, bf16_hold=20))
+    story.go(40, misfits=())
+    assert of(UseBf16, story.go(misfits=("a",))) == []
+    # Off the cadence nothing is known; one good record in between starts afresh.
+    story.go(3, misfits=None)
+    assert of(UseBf16, story.go(misfits=("b",))) == []
+    actions = story.go(state="firing", kind="detection", misfits=("a", "b"))
+    assert actions == [UseBf16(("b",))]
+    assert of(UseFp8, story.go(40, misfits=())) == [UseFp8(("b",))]
+
+
+def test_many_layers_with_misfit_scales_all_go_to_bf16() -> None:
+    story = Story()
+    story.go(2, misfits=("a", "b", "c", "d"))
+    assert of(UseBf16, story.actions) == [UseBf16(("*",))]
+
+
+def test_no_known_good_snapshot_while_a_scale_does_not_fit() -> None:
+    story = Story(replace(POLICY, scale_records=0))
+    story.go(60, misfits=("a",))
+    assert of(MarkGood, story.actions) == of(UseBf16, story.actions) == []
+
+
+def test_a_warm_up_that_moves_the_weights_absurdly_begins_again_at_a_lower_rate() -> None:
+    story = Story()
+    story.state = GuardState.begun(0)
+    for number in range(60):
+        rate = 0.01 * (number + 1)
+        held = story.state.ceiling
+        actions = story.go(rate=rate, update=0.16 * (number + 1) if held is None else 0.01)
+        if of(RollBack, actions):
+            break
+    assert of(RollBack, actions) == [RollBack(0)]
+    # What makes a first step of 5 %, by the first step that was seen: 16 % at a rate of 0.01.
+    (limit,) = of(LimitRate, actions)
+    assert limit.ceiling == pytest.approx(0.05 / 16)  # type: ignore[union-attr]
+    assert number < 30
+    story.go(30, rate=0.1, update=0.01)
+    assert len(of(LimitRate, story.actions)) == 1
+
+
+def test_the_longest_healthy_warm_up_is_no_alarm() -> None:
+    """FOG-max at the highest rate that trains: its peak is 2.7 %, measured."""
+    story = Story()
+    story.state = GuardState.begun(0)
+    for number in range(120):
+        story.go(rate=4e-3 * min(1.0, (number + 1) / 20), update=min(0.0273, 0.3 / (number + 1)))
+    assert of(LimitRate, story.actions) == of(RollBack, story.actions) == []
+
+
+def test_steps_longer_than_in_good_times_go_back_to_the_usual_rate() -> None:
+    story = Story()
+    story.go(60, rate=1e-3, update=0.005)
+    for number in range(40):
+        growth = 1.05**number
+        actions = story.go(rate=1e-3 * growth, update=0.005 * growth)
+        if of(LimitRate, actions):
+            break
+    assert of(LimitRate, actions) == [LimitRate(1e-3)]
+    # Before the rule for the rate alone, which waits for four times.
+    assert growth < 4
+    longer = Story()
+    longer.go(60, rate=1e-3, update=0.005)
+    (limit,) = of(LimitRate, longer.go(8, rate=1e-3, update=0.02))
+    assert limit.ceiling < 1e-3  # type: ignore[union-attr, operator]
+
+
+def test_a_rise_that_an_earlier_plateau_explains_is_no_alarm() -> None:
+    story = Story(replace(POLICY, rate_surge=0))
+    story.go(60, rate=1e-3, update=0.005)
+    story.go(60, rate=1e-4, update=0.0005)
+    story.go(60, rate=1e-3, update=0.005)
+    assert of(LimitRate, story.actions) == []
+
+
+def tensor(fp8: str = "e4m3", /, **values: float) -> TensorStatistics:
+    identity = TensorIdentity(layer="a", role="input", format=fp8)
+    return TensorStatistics(identity=identity, numel=64, **values)  # type: ignore[arg-type]
+
+
+def record(*tensors: TensorStatistics) -> StepRecord:
+    return StepRecord(step=0, time=datetime(2026, 1, 1, tzinfo=UTC), tensors=tensors)
+
+
+def test_a_scale_does_not_fit_when_range_and_error_both_say_so() -> None:
+    saturated = {"headroom_log2": -2.0, "overflow_ratio": 0.1}
+    assert misfit_layers(POLICY, record(tensor(sqnr_db=5.0, **saturated))) == ("a",)
+    assert misfit_layers(POLICY, record(tensor(sqnr_db=25.0, **saturated))) == ()
+    flushed = {"headroom_log2": 9.0, "underflow_ratio": 0.9}
+    assert misfit_layers(POLICY, record(tensor(sqnr_db=2.0, **flushed))) == ("a",)
+    assert misfit_layers(POLICY, record(tensor(sqnr_db=31.0, headroom_log2=-0.3))) == ()
+    assert misfit_layers(POLICY, record(tensor("bf16", sqnr_db=5.0, **saturated))) is None
+    assert misfit_layers(POLICY, record()) is None
 
 
 def test_a_policy_says_what_is_wrong_with_it() -> None:

@@ -16,8 +16,8 @@ from torch.multiprocessing.spawn import spawn
 
 from foreshock.monitor.guard import GuardPolicy
 from foreshock.monitor.record import Risk, StepRecord, Suspect
-from foreshock.trainer.config import RunConfig
-from foreshock.trainer.faults import BadBatch, LearningRateRamp
+from foreshock.trainer.config import RunConfig, StatesConfig
+from foreshock.trainer.faults import BadBatch, LearningRateRamp, ScaleFault
 from foreshock.trainer.guarded import Guarded
 from foreshock.trainer.loop import RunResult, train
 from foreshock.trainer.recipes import debug_cpu
@@ -121,6 +121,42 @@ def test_a_nonfinite_loss_is_rolled_back_before_the_loop_gives_up(tmp_path: Path
     result, _ = run(config, tmp_path, scorer, cause="learning_rate")
     assert result.ended == "finished"
     assert math.isfinite(result.steps[-1].loss)
+
+
+@pytest.mark.parametrize("level", ["O0", "O2"])
+def test_before_anything_is_known_good_the_beginning_is_gone_back_to(
+    tmp_path: Path, level: str
+) -> None:
+    config = replace(debug_cpu(), states=StatesConfig(level=level))  # type: ignore[arg-type]
+    alone = [s.loss for s in train(config).steps]
+    result, _ = run(config, tmp_path, Alarm(2), cause="scale")
+    steps = [s.step for s in result.steps]
+    back = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
+    assert steps[back] == 0
+    assert result.steps[0].loss == alone[0]
+    assert result.steps[back].loss == pytest.approx(alone[0], abs=0.02)
+    assert result.steps[-1].loss == pytest.approx(alone[-1], abs=0.3)
+
+
+def test_a_scale_that_no_longer_fits_is_met_by_bf16_without_a_rollback(tmp_path: Path) -> None:
+    config = replace(debug_cpu(), fault=ScaleFault(start=6, growth=4.0, roles=("input",)))
+    result, guarded = run(config, tmp_path, Alarm(10**9))
+    assert len(result.steps) == config.steps
+    assert guarded.guard is not None
+    assert "bfloat16" in str(guarded.guard.entries[0])
+    assert "scales" in guarded.guard.entries[0].why
+
+
+def test_steps_that_are_too_long_begin_again_at_a_lower_rate(tmp_path: Path) -> None:
+    clean = replace(debug_cpu(), steps=40)
+    config = replace(clean, optimizer=replace(clean.optimizer, learning_rate=1.0))
+    result, guarded = run(config, tmp_path, Alarm(10**9))
+    assert guarded.guard is not None
+    told = " ".join(str(entry) for entry in guarded.guard.entries)
+    assert "roll back to before step 0" in told
+    assert "steps have changed the weights" in told
+    assert len(result.steps) > config.steps
+    assert result.steps[-1].loss < train(config).steps[-1].loss
 
 
 def test_events_tell_what_was_done_and_why(tmp_path: Path) -> None:

@@ -72,6 +72,9 @@ class _Overseer:
         self._guard, self._on_entry = guard, on_entry
         self._told = 0
 
+    def begin(self, step: int) -> None:
+        self._guard.begin(step)
+
     def attach(self, watcher: Watcher) -> None:
         self._guard.attach(watcher)
 

@@ -73,6 +73,9 @@ class GoBack:
 class Overseer(Protocol):
     """What may change a run between its steps; `foreshock.trainer.guarded` makes one."""
 
+    def begin(self, step: int) -> object:
+        """Called once before the first step to come, on every process, when all is loaded."""
+
     def attach(self, watcher: Watcher) -> object:
         """Take the watch of the steps to come: at the beginning and after each going back."""
 
@@ -194,6 +197,8 @@ def train(
         run = _Run(config, corpus or corpus_of(config.data), world)
         step = run.resume(checkpoints) if checkpoints else 0
         over = overseer(run.trainee.model, run.trainee.optimizer) if overseer else None
+        if over:
+            over.begin(step)
         watcher = run.watched(watch, step, over)
         ending = _Ending(config.steps, stop, nonfinite_steps, world)
         results: list[StepResult] = []

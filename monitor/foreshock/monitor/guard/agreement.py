@@ -32,6 +32,14 @@ class Agreement:
             return cls(None)
         return cls(dist.new_group(backend="gloo", timeout=_PATIENCE))
 
+    def all(self, value: bool) -> bool:
+        """Whether it is true in every process."""
+        if self._group is None:
+            return value
+        least = torch.tensor([int(value)])
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._group)
+        return bool(least)
+
     def share(self, value: T) -> T:
         """The value of rank 0; those of the others are ignored."""
         if self._group is None:

@@ -110,6 +110,7 @@ class TorchControls:
         )
         self._model = model
         self._parts: list[_Stateful] = [model, *self._optimizers, *extra]
+        self._schedulers_go_back = any(hasattr(part, "get_last_lr") for part in self._parts)
         self._skip = skip
         self._kept: dict[int, tuple[list[Any], list[torch.Tensor]]] = {}
         self._ceiling: float | None = None
@@ -155,13 +156,22 @@ class TorchControls:
     def restore(self, step: int) -> None:
         """Load a copy; it is kept, for a second time.
 
+        The learning rates stay what the loop's scheduler has made them, unless a scheduler is
+        among `extra` and goes back too.
+
         Raises:
             KeyError: There is none.
         """
         states, random = self._kept[step]
+        groups = [group for o in self._optimizers for group in o.param_groups]
+        rates = [group["lr"] for group in groups]
         for part, state in zip(self._parts, states, strict=True):
             # Optimizers keep what they are given.
             part.load_state_dict(_copied(state))
+        groups = [group for o in self._optimizers for group in o.param_groups]
+        for group, rate in zip(groups, rates, strict=True):
+            if not self._schedulers_go_back:
+                group["lr"] = rate
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         _set_random_states(random)

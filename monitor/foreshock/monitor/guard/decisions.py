@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from statistics import fmean
 
 from foreshock.monitor.guard.actions import (
     Action,
@@ -21,6 +22,7 @@ from foreshock.monitor.guard.actions import (
     UseFp8,
 )
 from foreshock.monitor.guard.policy import GuardPolicy
+from foreshock.monitor.guard.rules import limited, long_steps, mended_scales, tracked_signals
 from foreshock.monitor.guard.state import LEVEL_STEPS, Decision, GuardState, Mark, Seen
 
 __all__ = ["decide"]
@@ -31,7 +33,12 @@ _AGAIN = 3
 
 def decide(policy: GuardPolicy, state: GuardState, seen: Seen) -> Decision:
     """Take in one observation."""
-    state = _tracked(state, seen)
+    state = tracked_signals(policy, _tracked(state, seen), seen)
+    # What these rules see is cured by its remedy: before any rollback, and before a forecast.
+    if (mended := mended_scales(policy, state, seen)) is not None:
+        return mended
+    if (shortened := _shortened(policy, state, seen)) is not None:
+        return shortened
     risk = seen.risk
     if risk.state == "firing" and risk.kind == "detection":
         return _rescue(policy, state, seen)
@@ -130,8 +137,18 @@ def _snapshot(
 def _marked(
     policy: GuardPolicy, state: GuardState, seen: Seen
 ) -> tuple[GuardState, tuple[Action, ...]]:
-    state = replace(state, usual=_usual_rate(policy, state, seen))
-    mark = Mark(seen.next_step, state.clock, seen.rate, state.level, state.best + state.noise)
+    usual = _usual_rate(policy, state, seen)
+    highest = max(filter(None, (usual, state.highest)), default=None)
+    state = replace(state, usual=usual, highest=highest)
+    mark = Mark(
+        seen.next_step,
+        state.clock,
+        seen.rate,
+        state.level,
+        state.best + state.noise,
+        # Steps that a limit keeps short say nothing about what is usual.
+        update=fmean(state.updates) if state.updates and state.ceiling is None else math.nan,
+    )
     marks = tuple(m for m in state.marks if m.step != mark.step)
     # What should have become known-good long ago and has not keeps no place.
     failed = [m for m in marks if not m.good and state.clock - m.at > 2 * policy.good_after]
@@ -203,6 +220,29 @@ def _returned(
     return state, tuple(actions)
 
 
+# Steps that are too long.
+
+
+def _shortened(policy: GuardPolicy, state: GuardState, seen: Seen) -> Decision | None:
+    steps = long_steps(policy, state, seen)
+    if steps is None or state.interventions >= policy.most_interventions:
+        return None
+    actions: tuple[Action, ...] = ()
+    target = _before_long_steps(policy, state, seen) if steps.back else None
+    if target is not None:
+        marks, state = state.marks, _gone_back(state, seen, target)
+        actions = _way_back(state, marks, target, 0)
+    state, limit = limited(policy, state, steps)
+    return Decision(state=state, actions=(*actions, limit), why=steps.why)
+
+
+def _before_long_steps(policy: GuardPolicy, state: GuardState, seen: Seen) -> Mark | None:
+    if not policy.roll_back or state.rollbacks >= policy.most_rollbacks:
+        return None
+    short = [m for m in state.marks if m.good and not m.update > policy.update_most / 2]
+    return _affordable(policy, state, seen, short[-1:])
+
+
 # A firing forecast: the loss has not risen yet.
 
 
@@ -258,12 +298,10 @@ def _limited(
     wanted = there if risen and not harder else policy.rate_factor * there
     relapse = state.ceiling is not None or state.since(state.released) < policy.incident
     if relapse and state.ceiling_base is not None:
-        if state.ceiling == state.ceiling_base and not harder:
-            # It is as low as was wanted already, and holds: what helps must be something else,
-            # or it needs more time.
-            wanted = policy.rate_factor * state.ceiling_base
-        else:
-            wanted = min(wanted, state.ceiling_base)
+        # What was tried already is not tried again as it was.
+        again = state.ceiling == state.ceiling_base or harder
+        factor = policy.rate_factor ** max(state.attempts - 1, 1) if again else 1.0
+        wanted = min(wanted, factor * state.ceiling_base)
     until = math.inf if relapse else state.clock + (policy.rate_hold if risen else policy.rate_rest)
     state = replace(state, ceiling=wanted, ceiling_base=wanted, ceiling_until=until, released=None)
     return state, (LimitRate(wanted),)
@@ -306,34 +344,48 @@ def _rescue(policy: GuardPolicy, state: GuardState, seen: Seen) -> Decision:
     why = f"detection: {_signals(seen)}; {_suspected(seen)}"
     if target is None:
         return _without_rollback(policy, state, seen, why)
-    later = tuple(m.step for m in state.marks if m.step > target.step)
-    state = replace(
+    marks = state.marks
+    state = _gone_back(state, seen, target)
+    state = replace(state, interventions=state.interventions + 1)
+    state, remedies, skip = _remedies(policy, state, seen, target)
+    remedies = tuple(a for a in remedies if not isinstance(a, UseBf16))
+    stretch = max(seen.next_step - target.step, 1) + policy.skip_extra * state.attempts
+    back = _way_back(state, marks, target, stretch if skip else 0)
+    return Decision(state=state, actions=(*back, *remedies), why=why)
+
+
+def _gone_back(state: GuardState, seen: Seen, target: Mark) -> GuardState:
+    return replace(
         state,
         marks=tuple(
             replace(m, at=min(m.at, state.clock)) for m in state.marks if m.step <= target.step
         ),
         losses=(),
+        updates=(),
+        misfits=(),
         rolled=state.clock,
         acted=state.clock,
         target=target.step,
         rollbacks=state.rollbacks + 1,
-        interventions=state.interventions + 1,
+        wasted=state.wasted + max(seen.next_step - target.step, 0),
         rescaled=False,
         calm=0,
     )
-    state, remedies, skip = _remedies(policy, state, seen, target)
-    # A snapshot holds the precision of its time.
-    held = (UseBf16(state.in_bf16),) if state.in_bf16 else ()
-    remedies = (*(a for a in remedies if not isinstance(a, UseBf16)), *held)
-    stretch = max(seen.next_step - target.step, 1) + policy.skip_extra * state.attempts
-    actions: tuple[Action, ...] = (RollBack(target.step, stretch if skip else 0), *remedies)
-    if later:
-        actions = (*actions, Forget(later))
-    return Decision(state=state, actions=actions, why=why)
+
+
+def _way_back(
+    state: GuardState, marks: tuple[Mark, ...], target: Mark, skip: int
+) -> tuple[Action, ...]:
+    """To a snapshot, in the precision of now: a snapshot holds that of its time."""
+    actions: tuple[Action, ...] = (RollBack(target.step, skip),)
+    if state.in_bf16:
+        actions = (*actions, UseBf16(state.in_bf16))
+    later = tuple(m.step for m in marks if m.step > target.step)
+    return (*actions, Forget(later)) if later else actions
 
 
 def _target(policy: GuardPolicy, state: GuardState, seen: Seen, *, again: bool) -> Mark | None:
-    good = [m for m in state.marks if m.good]
+    good = [m for m in state.marks if m.good and _affordable(policy, state, seen, [m])]
     if not good:
         return None
     if again and state.target is not None:
@@ -348,6 +400,14 @@ def _target(policy: GuardPolicy, state: GuardState, seen: Seen, *, again: bool) 
     return good[-1]
 
 
+def _affordable(
+    policy: GuardPolicy, state: GuardState, seen: Seen, marks: list[Mark]
+) -> Mark | None:
+    """The last of them, if going back to it throws away no more steps than are left to waste."""
+    left = policy.most_wasted - state.wasted
+    return marks[-1] if marks and seen.next_step - marks[-1].step <= left else None
+
+
 def _remedies(
     policy: GuardPolicy, state: GuardState, seen: Seen, target: Mark
 ) -> tuple[GuardState, tuple[Action, ...], bool]:
@@ -358,7 +418,7 @@ def _remedies(
     actions: tuple[Action, ...] = ()
     rate_risen = _rose(policy, state, target, seen)
     if rate_risen or last_resort or cause in ("learning_rate", "unknown", "optimizer_state"):
-        state, limited = _limited(policy, state, target, seen, harder=state.attempts > 2)
+        state, limited = _limited(policy, state, target, seen, harder=state.attempts > 1)
         actions += limited
     if last_resort or cause in ("scale", "outlier", "underflow"):
         wide = replace(seen, suspect=None) if last_resort else seen
@@ -373,7 +433,7 @@ def _without_rollback(policy: GuardPolicy, state: GuardState, seen: Seen, why: s
         return Decision(state=state)
     state, actions = _mild_remedy(policy, state, seen)
     state = replace(state, acted=state.clock, interventions=state.interventions + 1)
-    nothing = Advise("no snapshot is known-good, so nothing to roll back to")
+    nothing = Advise("no snapshot that may be gone back to is known-good")
     return Decision(state=state, actions=(*actions, nothing), why=why)
 
 

@@ -37,6 +37,17 @@ class GuardPolicy:
         rate_surge: From so many times its usual value on (that of a plateau) a rising rate is set
             back to it even while the risk is low; 0 never does. A restart of the schedule that is
             meant needs 0, or a policy of its own.
+        update_most: The weights change at most by this share of their norm per step (mean of 24
+            steps, and of the last 8); above it the rate is held and the run goes back to a snapshot
+            from before. 0 never does.
+        update_first: The rate is then held at what makes a first step of Adam, in which every
+            element moves by the rate, this long.
+        update_rise: From so many times the length in the run's good times on, where no rate of an
+            earlier plateau explains it, steps are shortened by the rate; 0 never does.
+        scale_records: Layers go to bfloat16 whose scales have not fitted for so many measured
+            records in a row; 0 never does.
+        scale_misfit: An amax of so many powers of two beyond the format's range does not fit.
+        scale_sqnr: Nor does it unless the cast leaves less than so many dB.
         rate_hold: Steps for which it stays at what it was before a rise.
         rate_rest: Steps for which it stays at a share of what it was.
         rate_return: Growth per step of the limit afterwards, until it limits nothing. If trouble
@@ -50,6 +61,8 @@ class GuardPolicy:
         cooldown: Steps between two milder interventions.
         incident: Trouble within so many steps after a rollback is the same trouble come back: the
             next one goes to an older snapshot and adds every remedy.
+        most_wasted: Steps that rollbacks may throw away in all; a snapshot further back than what
+            is left of them is not gone back to.
         most_rollbacks: Of a run; afterwards the guard advises only.
         most_interventions: Of a run, rollbacks and others together, snapshots not counted.
     """
@@ -63,6 +76,12 @@ class GuardPolicy:
     rate_factor: float = 0.5
     rate_rise: float = 1.1
     rate_surge: float = 4.0
+    update_most: float = 0.03
+    update_first: float = 0.05
+    update_rise: float = 2.5
+    scale_records: int = 2
+    scale_misfit: float = 1.0
+    scale_sqnr: float = 12.0
     rate_hold: int = 1000
     rate_rest: int = 200
     rate_return: float = 1.02
@@ -74,6 +93,7 @@ class GuardPolicy:
     skip_extra: int = 16
     cooldown: int = 20
     incident: int = 150
+    most_wasted: int = 1000
     most_rollbacks: int = 8
     most_interventions: int = 24
 
@@ -89,6 +109,9 @@ class GuardPolicy:
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("margin", "skip_extra", "cooldown", "incident", "most_rollbacks"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        for name in ("update_most", "update_rise", "scale_records", "scale_misfit", "most_wasted"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _check("update_first", self.update_first, self.update_first > 0, "above 0")
         for name in ("bf16_hold", "most_interventions"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _check("good_loss_rise", self.good_loss_rise, self.good_loss_rise > 0, "above 0")

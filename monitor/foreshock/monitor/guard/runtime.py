@@ -32,6 +32,7 @@ from foreshock.monitor.guard.agreement import Agreement
 from foreshock.monitor.guard.controls import Controls
 from foreshock.monitor.guard.decisions import decide
 from foreshock.monitor.guard.policy import GuardPolicy
+from foreshock.monitor.guard.signals import measured_layers, misfit_layers
 from foreshock.monitor.guard.state import Decision, GuardState, Seen
 from foreshock.monitor.record import Risk, StepRecord, Suspect
 from foreshock.monitor.sinks import StepRecordSink
@@ -87,6 +88,10 @@ class _Verdict:
     loss: float | None
     risk: Risk
     suspect: Suspect | None
+    update: float | None = None
+    used: float | None = None
+    misfits: tuple[str, ...] | None = None
+    layers: int = 0
 
 
 class Guard:
@@ -147,6 +152,28 @@ class Guard:
         with self._news:
             self._ignored_below = -1
             self._scored = -1
+
+    def begin(self, step: int = 0) -> bool:
+        """Keep a snapshot from before the first step, to go back to while none is known-good.
+
+        Call it in the training thread, in every process alike, before step `step` is taken: with
+        the weights, the optimizer (whose states may be empty yet) and the data where they are then.
+        Without it, trouble before the first known-good snapshot is met by milder remedies only.
+
+        Returns:
+            Whether every process has its snapshot; where one has not, none goes back to it.
+        """
+        held = False
+        if "snapshots" in self.controls.offers and not self.policy.advise:
+            with self.containment:
+                self.controls.snapshot(step)
+                self._keep_scorer(step)
+                held = True
+        if self._agreement.all(held):
+            self._state = GuardState.begun(step)
+            return True
+        self.controls.forget(step)
+        return False
 
     def step(self, next_step: int) -> RollBack | None:
         """Decide and act; call it after each optimizer step, in the training thread.
@@ -212,7 +239,16 @@ class Guard:
             if self._diagnosed % _DIAGNOSE_EVERY == 0:
                 self._suspect = self._diagnose(tuple(self._records))
             self._diagnosed += 1
-        return _Verdict(record.step, record.scalars.get("loss"), risk, self._suspect)
+        return _Verdict(
+            record.step,
+            record.scalars.get("loss"),
+            risk,
+            self._suspect,
+            update=record.scalars.get("update_ratio"),
+            used=record.scalars.get("learning_rate"),
+            misfits=misfit_layers(self.policy, record),
+            layers=measured_layers(record),
+        )
 
     # In the training thread.
 
@@ -226,6 +262,10 @@ class Guard:
                 loss=verdict.loss,
                 rate=self.controls.rate(),
                 suspect=verdict.suspect,
+                update=verdict.update,
+                used=verdict.used,
+                misfits=verdict.misfits,
+                layers=verdict.layers,
             )
             decision: Decision = decide(self.policy, self._state, seen)
             self._state = decision.state

@@ -9,15 +9,17 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Final
+from typing import Final, Self
 
 from foreshock.monitor.guard.actions import Action
 from foreshock.monitor.record import Risk, Suspect
 
-__all__ = ["LEVEL_STEPS", "Decision", "GuardState", "Mark", "Seen"]
+__all__ = ["LEVEL_STEPS", "UPDATE_STEPS", "Decision", "GuardState", "Mark", "Seen"]
 
 LEVEL_STEPS: Final = 16
 """Steps whose median is the level of the loss."""
+UPDATE_STEPS: Final = 24
+"""Steps whose mean length counts as lasting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,10 @@ class Seen:
         loss: Of that step, None where not measured.
         rate: Learning rate that the schedule asks for; None if unknown.
         suspect: Likeliest cause; None without a diagnosis.
+        update: Update ratio of that step, norm of the change over norm of the weights.
+        used: Learning rate that it was made with; None if not recorded.
+        misfits: Layers whose scales do not fit; None where the step measured no operand.
+        layers: Number of layers with operands that were cast.
     """
 
     step: int
@@ -39,6 +45,10 @@ class Seen:
     loss: float | None = None
     rate: float | None = None
     suspect: Suspect | None = None
+    update: float | None = None
+    used: float | None = None
+    misfits: tuple[str, ...] | None = None
+    layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,7 @@ class Mark:
         level: Loss then, median of some steps; inf where unknown.
         allowed: Highest level that is no drift: the lowest until then, and some noise.
         good: Known-good.
+        update: Mean length of the steps before it (update ratio), NaN where unknown or limited.
     """
 
     step: int
@@ -60,6 +71,7 @@ class Mark:
     level: float
     allowed: float = math.inf
     good: bool = False
+    update: float = math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +85,12 @@ class GuardState:
         best: Lowest level of the loss.
         marks: Snapshots held, oldest first.
         usual: Learning rate that two snapshots in a row agreed on last; None in a first warm-up.
+        highest: Highest rate of any plateau.
+        updates: Lengths of the latest steps, since the rate was last limited.
+        per_rate: Length over learning rate of the first step that was seen: of Adam's first step
+            every element has the length of the rate.
+        misfits: Layers whose scales do not fit, and for how many records in a row.
+        wasted: Steps thrown away by rollbacks.
         ceiling: Limit of the learning rate in force.
         ceiling_base: The limit before it began to return.
         ceiling_until: Clock at which it begins to.
@@ -96,6 +114,11 @@ class GuardState:
     best: float = math.inf
     marks: tuple[Mark, ...] = ()
     usual: float | None = None
+    highest: float | None = None
+    updates: tuple[float, ...] = ()
+    per_rate: float | None = None
+    misfits: tuple[tuple[str, int], ...] = ()
+    wasted: int = 0
     ceiling: float | None = None
     ceiling_base: float | None = None
     ceiling_until: float = 0
@@ -111,6 +134,11 @@ class GuardState:
     rollbacks: int = 0
     interventions: int = 0
     exhausted: bool = False
+
+    @classmethod
+    def begun(cls, step: int) -> Self:
+        """With the snapshot from before the first step, which is as good as the run began."""
+        return cls(marks=(Mark(step, 0, None, math.inf, good=True),))
 
     def since(self, clock: int | None) -> float:
         """Observations since then; infinite if it never was."""

@@ -52,8 +52,10 @@ class GuardHooks:
         if self.guard is not None:
             self.guard.sink(record)
 
-    def begin(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-        """A training begins."""
+    def begin(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int = 0
+    ) -> None:
+        """A training begins, with optimizer step `step`."""
         with self._containment:
             self.guard = Guard(
                 self._make_scorer(),
@@ -62,6 +64,7 @@ class GuardHooks:
                 diagnose=self._diagnose,
                 patience=self._patience,
             )
+            self.guard.begin(step)
 
     def after(self, next_step: int, watch: Any) -> None:
         """A step was taken."""

@@ -29,7 +29,7 @@ class GuardCallback(GuardHooks, TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the model and the optimizer as the Trainer has prepared them."""
-        self.begin(kwargs["model"], [bare(kwargs["optimizer"])])
+        self.begin(kwargs["model"], [bare(kwargs["optimizer"])], state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decide, between two steps."""

@@ -31,7 +31,8 @@ class GuardCallback(GuardHooks, Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the model and the optimizers as Lightning has prepared them."""
         self._step = trainer.global_step
-        self.begin(pl_module, [bare(optimizer) for optimizer in trainer.optimizers])
+        optimizers = [bare(optimizer) for optimizer in trainer.optimizers]
+        self.begin(pl_module, optimizers, self._step)
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         """Decide, between two steps; batches that only accumulate are none."""

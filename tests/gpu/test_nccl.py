@@ -17,6 +17,7 @@ from tests.monitor.rank_checks import (
     check_tensor_parallel,
     run,
 )
+from tests.trainer.tensor_ranks import run as tensor_parallel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,3 +41,7 @@ def test_over_nccl(
     case: str, check: Callable[[list[dict[str, Any]]], None], tmp_path: Path
 ) -> None:
     check(run(case, tmp_path, RANKS_OVER="nccl"))
+
+
+def test_tensor_parallel_over_nccl(tmp_path: Path) -> None:
+    tensor_parallel(tmp_path, "exact", "casts", "bytes_sent", RANKS_OVER="nccl")

@@ -111,19 +111,22 @@ def judged(run: Kept, alarm: tuple[int, str] | None) -> dict[str, Any]:
     }
 
 
-def runs_of(folder: Path, seeds: int) -> Iterator[Kept]:
-    """All runs that stand in a folder."""
-    for path in sorted(folder.glob("[0-9]*.npz"), key=lambda p: p.stem):
-        if path.stem.isdigit():
-            yield from kept(int(path.stem), seeds, path)
+def runs_of(folder: Path, seeds: int, stacks: Sequence[int]) -> Iterator[Kept]:
+    """All runs of some stacks.
+
+    Raises:
+        FileNotFoundError: A stack has not been trained.
+    """
+    for number in stacks:
+        yield from kept(number, seeds, folder / f"{number}.npz")
 
 
-def judge(folder: Path, seeds: int) -> list[dict[str, Any]]:
-    """Ask about every run of a folder; alarms are looked up once and kept beside it."""
+def judge(folder: Path, seeds: int, stacks: Sequence[int]) -> list[dict[str, Any]]:
+    """Ask about every run of some stacks; alarms are looked up once and kept beside them."""
     remembered = folder / f"alarms-{digest()[:12]}.json"
     alarms = json.loads(remembered.read_text()) if remembered.exists() else {}
     found = []
-    for run in runs_of(folder, seeds):
+    for run in runs_of(folder, seeds, stacks):
         name = run.subject.name
         if name not in alarms:
             alarms[name] = first_alarm(run)
@@ -278,20 +281,21 @@ def main() -> None:
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--range", choices=sorted(RANGES), help="default: the folder's name")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--stacks", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--fit", action="store_true", help="write the weights of the rules")
     parser.add_argument("--report", type=Path, help="only write the Markdown of this JSON again")
     given = parser.parse_args()
     if given.report:
         print(report(json.loads(given.report.read_text())))
         return
-    subjects = judge(given.runs, RANGES[given.range or given.runs.name])
+    seeds = given.range or given.runs.name
+    subjects = judge(given.runs, RANGES[seeds], given.stacks)
     if given.fit:
         from benchmarks.diagnosis_fit import write_weights
 
-        seeds = given.range or given.runs.name
-        write_weights(subjects, f"{seeds}: {RANGES[seeds]} and on")
+        write_weights(subjects, f"{seeds}: {RANGES[seeds]} and on", given.stacks)
         print("written; what follows is of the weights before")
-    document = {"digest": digest(), "subjects": subjects}
+    document = {"digest": digest(), "range": seeds, "stacks": given.stacks, "subjects": subjects}
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(document, indent=1) + "\n")

@@ -60,19 +60,26 @@ def fitted(
     }
 
 
-def write_weights(subjects: Sequence[Mapping[str, Any]], seeds: str) -> None:
+def write_weights(subjects: Sequence[Mapping[str, Any]], seeds: str, stacks: Sequence[int]) -> None:
     """Fit, and write what the diagnosis reads.
 
     Args:
         subjects: As `benchmarks.diagnosis_accuracy.judge` gives them.
         seeds: Which range of seeds they are from.
+        stacks: Which stacks of it.
     """
+    numbers = " ".join(map(str, stacks))
     strengths, causes = [s["strengths"] for s in subjects], [s["cause"] for s in subjects]
     counts = {name: causes.count(name) for name in CAUSES}
     runs = json.dumps([[s["run"], s["cause"]] for s in subjects]).encode()
     document = {
         "provenance": {
-            "command": "python -m benchmarks.diagnosis_accuracy --runs build/diagnosis/look --fit",
+            "commands": [
+                "python -m benchmarks.diagnosis_runs --range look --out build/diagnosis/look"
+                f" --stacks {numbers}",
+                "python -m benchmarks.diagnosis_accuracy --runs build/diagnosis/look --fit"
+                f" --stacks {numbers}",
+            ],
             "seeds": seeds,
             "runs": len(subjects),
             "runs_of_cause": counts,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+from foreshock.api.alert_feedback import interval
 from foreshock.api.alert_log import AlertContent, AlertLog, UnknownAlert, deliveries
 from foreshock.api.alert_model import Stakes, outranked
 from foreshock.api.alert_text import alert_annotations, alert_labels
@@ -200,3 +202,27 @@ def test_feedback_is_kept_and_replaced(registry: Registry) -> None:
     assert AlertLog(registry).get(alert.id).note is None
     with pytest.raises(UnknownAlert, match="999"):
         log.answer(999, correct=True, note=None)
+
+
+def test_answers_are_counted_for_each_rule(registry: Registry) -> None:
+    log = AlertLog(registry)
+    for step, correct in ((3, False), (13, True), (23, None)):
+        follow(log, risk(step, "firing", "forecast"))
+        if correct is not None:
+            log.answer(log.find()[0].id, correct=correct, note=None)
+        follow(log, risk(step + 1, "resolved"))
+    follow(log, risk(40, "pending", "detection"))
+    forecast, detection, *_ = log.feedback()
+    assert (forecast.fired, forecast.right, forecast.wrong, forecast.unanswered) == (3, 1, 1, 1)
+    assert (forecast.name, forecast.false_share) == ("TrainingDivergenceRisk", 0.5)
+    assert (detection.fired, detection.false_share) == (0, None)
+    assert sum(rule.fired for rule in log.feedback(run_id="another")) == 0
+    assert sum(rule.fired for rule in log.feedback(projects=frozenset())) == 0
+    assert sum(rule.fired for rule in log.feedback(since=datetime.now(UTC))) == 0
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    # Newcombe (1998), table I: 81 of 263 and 0 of 20, method 3.
+    assert interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert interval(0, 0) is None

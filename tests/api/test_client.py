@@ -226,6 +226,8 @@ def test_alerts_and_events(client: Client) -> None:
     judged = client.feedback(alert.id, correct=True, note="it was")
     assert (judged.correct, judged.note) == (True, "it was")
     assert client.alerts(limit=1) == [judged]
+    rates = {rule["kind"]: rule for rule in client.alert_feedback("llama", days=1)}
+    assert (rates["nonfinite"]["right"], rates["nonfinite"]["false_share"]) == (1, 0.0)
     snoozed = client.snooze(alert.id, 3600, note="later").mute
     assert snoozed is not None
     assert (snoozed.decision, snoozed.note) == ("snoozed", "later")

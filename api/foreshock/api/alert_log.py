@@ -13,6 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from foreshock.api.alert_feedback import RuleFeedback, feedback_by_rule
 from foreshock.api.alert_model import (
     ALERT_NAMES,
     OF_RISK,
@@ -362,6 +363,16 @@ class AlertLog:
                 sa.update(alerts).where(alerts.c.id == alert_id).values(correct=correct, note=note)
             )
         return self.get(alert_id)
+
+    def feedback(
+        self,
+        *,
+        run_id: str | None = None,
+        projects: frozenset[str] | None = None,
+        since: datetime | None = None,
+    ) -> tuple[RuleFeedback, ...]:
+        """People's answers for each rule; as `feedback_by_rule`."""
+        return feedback_by_rule(self._registry, run_id=run_id, projects=projects, since=since)
 
 
 def _kind(risk: Risk, lost: bool) -> AlertKind:

@@ -21,6 +21,8 @@ __all__ = ["Finding", "RunWindow", "findings_of"]
 
 FloatArray = npt.NDArray[np.float64]
 
+_MANY: Final = 2.0
+"""Rise (log2) from which on outliers need not lead those of other layers."""
 _RESTARTS: Final = ("restart", "rollback")
 
 
@@ -138,7 +140,9 @@ def _scale(seen: _Seen) -> tuple[Finding, ...]:
     """
     moves = seen.moves
     headroom, amax, scale = (moves.change(name) for name in ("headroom_log2", "amax", "scale_log2"))
-    own = np.abs(headroom) - 1.5 * np.abs(amax)
+    # A scale that has come down for a peak of the amax follows it, however brief the peak was.
+    peak = np.where(headroom > 0, np.fmax(moves.peak_change("amax"), 0.0), 0.0)
+    own = np.abs(headroom) - 1.5 * np.fmax(np.abs(amax), peak)
     drifted = (np.abs(headroom) > 0.3) & (moves.sigmas("headroom_log2") > 6)
     alone = drifted & (own > 0.2)
     stuck = drifted & moves.stuck("scale_log2") & (np.abs(amax) > 0.15)
@@ -172,18 +176,23 @@ def _scale(seen: _Seen) -> tuple[Finding, ...]:
 def _outlier(seen: _Seen) -> tuple[Finding, ...]:
     """One layer's outlier channels grow far ahead of the others'.
 
-    Large updates make outliers too, so they weigh less where the learning rate rose.
+    Outlier features are of activations and weights; a gradient is spiky after any trouble. Large
+    updates make outliers too, so they weigh less where the learning rate rose.
     """
     moves = seen.moves
     best = Finding("outlier", -1.0, "no layer's outliers stand out")
     penalty = 2.5 if seen.rate_rose else 0.5
+    calm = not seen.rate_rose and (seen.update is None or seen.update.jump is None)
+    features = np.array([i.role != "grad_output" for i in moves.identities], dtype=np.bool_)
     for statistic in ("channel_kurtosis", "kurtosis", "top_channel_share"):
-        change = moves.peak_change(statistic)
+        change = np.where(features, moves.peak_change(statistic), np.nan)
         if not np.isfinite(change).any():
             continue
         (_, row), *others = moves.largest_by_layer(change)
         lead = float(change[row]) - (float(change[others[0][1]]) if others else 0.0)
-        strength = 2.5 * min(float(change[row]), 2.0) * min(max(lead, 0.0), 1.0) - penalty
+        # Outliers of many layers at once stand out beside none, but are far from usual.
+        ahead = max(lead, 0.7 if calm and change[row] > _MANY else 0.0)
+        strength = 2.5 * min(float(change[row]), 2.0) * min(ahead, 1.0) - penalty
         if change[row] > 0.5 and moves.sigmas(statistic)[row] > 5 and strength > best.strength:
             text = (
                 f"{statistic} of {moves.name(row)} rose {2 ** float(change[row]):.3g} times over"

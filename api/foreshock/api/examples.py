@@ -289,6 +289,22 @@ EXAMPLES: Final[Mapping[str, dict[str, Any]]] = {
     "Acknowledgement": {"note": "lowering the rate"},
     "Snooze": {"seconds": 7200, "note": "back after the meeting"},
     "Feedback": {"correct": True, "note": "the rate was too high"},
+    "FeedbackRates": {
+        "since": None,
+        "rules": [
+            {
+                "name": "TrainingDivergenceRisk",
+                "kind": "forecast",
+                "severity": "warning",
+                "fired": 12,
+                "right": 6,
+                "wrong": 2,
+                "unanswered": 4,
+                "false_share": 0.25,
+                "interval": [0.071, 0.591],
+            }
+        ],
+    },
     "Health": {"status": "ok", "reasons": []},
     "TokenRequest": {
         "name": "cluster-a",

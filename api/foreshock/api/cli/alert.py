@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,11 +26,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="For a program to read.")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    group = typer.Typer(help="Alerts: list, acknowledge, snooze, preview.", no_args_is_help=True)
+    group = typer.Typer(help="Alerts: list, mute, judge, preview.", no_args_is_help=True)
     group.command("list")(list_)
     group.command("acknowledge")(acknowledge)
     group.command("snooze")(snooze)
     group.command("unmute")(unmute)
+    group.command("feedback")(feedback)
     group.command("preview")(preview)
     app.add_typer(group, name="alert")
 
@@ -80,6 +81,35 @@ def unmute(alert_id: AlertId, url: Url = DEFAULT_URL, token: Token = None) -> No
     """Take back an acknowledgement or a snooze."""
     with _client(url, token) as client:
         typer.echo(_line(client.unmute(alert_id)))
+
+
+def feedback(
+    run: Annotated[str | None, typer.Option(help="Only of this run.")] = None,
+    days: Annotated[int | None, typer.Option(min=1, help="Only of the last days.")] = None,
+    project: Project = "default",
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how many alerts of each rule people called right and wrong."""
+    with _client(url, token, project) as client:
+        rules = client.alert_feedback(run, days=days)
+    if as_json:
+        typer.echo(json.dumps(rules, indent=1))
+        return
+    for rule in rules:
+        typer.echo(_rate(rule))
+
+
+def _rate(rule: Mapping[str, Any]) -> str:
+    share, ends = rule["false_share"], rule["interval"]
+    said = "no answer yet"
+    if share is not None:
+        said = f"{share:.0%} false ({ends[0]:.0%} to {ends[1]:.0%})"
+    return (
+        f"{rule['name']} ({rule['severity']}): {rule['fired']} fired, {rule['right']} right,"
+        f" {rule['wrong']} wrong, {rule['unanswered']} unanswered: {said}"
+    )
 
 
 class Layout(StrEnum):

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 
 from foreshock.api.access.scopes import READ, WRITE
+from foreshock.api.alert_feedback import RuleFeedback, interval
 from foreshock.api.alert_log import Alert, AlertKind, UnknownAlert
 from foreshock.api.alert_mutes import Decision, Mute, NotOpen
 from foreshock.api.alert_text import alert_annotations, alert_labels, summary
@@ -30,7 +31,9 @@ __all__ = [
     "AlertModel",
     "DeliveryModel",
     "Feedback",
+    "FeedbackRates",
     "MuteModel",
+    "RuleRate",
     "Snooze",
     "router",
 ]
@@ -116,6 +119,27 @@ class Feedback(BaseModel):
     note: Note = None
 
 
+class RuleRate(BaseModel):
+    """What people said of the alerts of one rule."""
+
+    name: str = Field(description="The alertname")
+    kind: AlertKind
+    severity: str
+    fired: int = Field(description="Alerts that fired, those still pending left out")
+    right: int
+    wrong: int
+    unanswered: int
+    false_share: float | None = Field(description="wrong / (right + wrong); null = no answer yet")
+    interval: list[float] | None = Field(description="Its 95 % interval (Wilson)")
+
+
+class FeedbackRates(BaseModel):
+    """False alarms as people see them."""
+
+    since: datetime | None = Field(description="Alerts that started from then on; null = all")
+    rules: list[RuleRate]
+
+
 _LONGEST_SNOOZE: Final = 30 * 86_400
 
 
@@ -177,6 +201,22 @@ def post_alert_feedback(
     return _one(live, alert)
 
 
+@router.get("/alerts/feedback", dependencies=[READ], responses=errors(404))
+def get_alert_feedback(
+    live: Live,
+    services: ServicesDep,
+    *,
+    run: Annotated[str | None, Query(description="Name or id of a run")] = None,
+    project: Annotated[str, Query(description="Project of the run")] = "default",
+    days: Annotated[int | None, Query(ge=1, le=3650, description="Of the last days only.")] = None,
+) -> FeedbackRates:
+    """How many alerts people called right and wrong, for each rule, of one run or of all."""
+    run_id = None if run is None else find_run(services, run, project).run_id
+    since = None if days is None else datetime.now(UTC) - timedelta(days=days)
+    found = live.log.feedback(run_id=run_id, projects=services.principal.projects, since=since)
+    return FeedbackRates(since=since, rules=[_rate(rule) for rule in found])
+
+
 @router.get("/alerts/{id}", dependencies=[READ])
 def get_alert(live: Live, services: ServicesDep, alert_id: AlertId) -> AlertModel:
     """One alert."""
@@ -228,6 +268,21 @@ def unmute_alert(live: Live, services: ServicesDep, alert_id: AlertId) -> AlertM
     if live.log.mutes.end(alert_id):
         services.note("alert.unmute", project=alert.subject.project, subject=str(alert_id))
     return _decided(live, alert)
+
+
+def _rate(rule: RuleFeedback) -> RuleRate:
+    ends = interval(rule.wrong, rule.right + rule.wrong)
+    return RuleRate(
+        name=rule.name,
+        kind=rule.kind,
+        severity=rule.severity,
+        fired=rule.fired,
+        right=rule.right,
+        wrong=rule.wrong,
+        unanswered=rule.unanswered,
+        false_share=rule.false_share,
+        interval=None if ends is None else list(ends),
+    )
 
 
 def _decided(live: LiveService, alert: Alert) -> AlertModel:

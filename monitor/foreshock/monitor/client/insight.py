@@ -1,11 +1,11 @@
-"""Calls of the client that look across runs: comparing two, and what is known of the forecaster.
+"""Calls of the client that look across runs: two compared, the forecaster, alerts that were right.
 
 A part of `Client`, apart for its size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foreshock.monitor.client.access import AccessCalls
@@ -42,3 +42,18 @@ class InsightCalls(AccessCalls):
         """The card of the forecaster that answers for live runs."""
         found: Mapping[str, Any] = self._http.ask("GET", "api/v1/forecaster").json()
         return found
+
+    @operation("get_alert_feedback")
+    def alert_feedback(
+        self, run: str | None = None, *, days: int | None = None
+    ) -> Sequence[Mapping[str, Any]]:
+        """How many alerts people called right and wrong, one mapping for each rule.
+
+        Args:
+            run: Only this run's.
+            days: Only alerts of the last days.
+        """
+        query = {"run": run, "project": self.project, "days": days}
+        answer = self._http.ask("GET", "api/v1/alerts/feedback", query=query)
+        rules: Sequence[Mapping[str, Any]] = answer.json()["rules"]
+        return rules

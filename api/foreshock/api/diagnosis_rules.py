@@ -182,7 +182,8 @@ def _outlier(seen: _Seen) -> tuple[Finding, ...]:
     moves = seen.moves
     best = Finding("outlier", -1.0, "no layer's outliers stand out")
     penalty = 2.5 if seen.rate_rose else 0.5
-    calm = not seen.rate_rose and (seen.update is None or seen.update.jump is None)
+    update = seen.update
+    calm = not seen.rate_rose and (update is None or (update.jump is None and update.change < 0.5))
     features = np.array([i.role != "grad_output" for i in moves.identities], dtype=np.bool_)
     for statistic in ("channel_kurtosis", "kurtosis", "top_channel_share"):
         change = np.where(features, moves.peak_change(statistic), np.nan)

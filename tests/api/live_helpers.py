@@ -142,7 +142,7 @@ class ScriptedScorer:
         return risk(step, self.state_name, kind, min(1.0, self.total / (1e3 * len(self.seen))))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Poll; fails the test when the time is over."""
     end = time.monotonic() + seconds
     while not condition():

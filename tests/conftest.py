@@ -8,6 +8,10 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Before torch is there, and for processes that tests start: several tests run at once, and a
+# second thread of each would only wait for the first ones' cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Test machines are shared and noisy: a slow example says nothing about the code.
 settings.register_profile("foreshock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("foreshock")

@@ -65,6 +65,7 @@ PARTS: dict[str, set[str]] = {
     },
     "store_schema.py": {
         "_engine(table, options)",
+        "_joined(_in_process(table))",
         "_order(table)",
         "_table_settings(table, options)",
         "added",

@@ -23,9 +23,9 @@ setup-dev: .venv/.installed-dev
 demo: setup
 	$(BIN)/foreshock demo --seed $(SEED)
 
-# More at a time than cores: much of a test is waiting for a service.
+# Two at a time: much of a test is a service that starts. Three are no faster on two cores.
 test: setup-dev
-	$(BIN)/pytest -q -n 3 --dist loadfile
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 test-long: setup-dev
 	$(BIN)/pytest -q -m long

@@ -33,7 +33,7 @@ _AGAIN = 3
 
 def decide(policy: GuardPolicy, state: GuardState, seen: Seen) -> Decision:
     """Take in one observation."""
-    state = tracked_signals(policy, _tracked(state, seen), seen)
+    state = tracked_signals(_tracked(state, seen), seen)
     # What these rules see is cured by its remedy: before any rollback, and before a forecast.
     if (mended := mended_scales(policy, state, seen)) is not None:
         return mended

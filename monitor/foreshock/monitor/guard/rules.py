@@ -20,7 +20,7 @@ _RECENT: Final = 8
 """Steps whose mean length is the present one."""
 
 
-def tracked_signals(policy: GuardPolicy, state: GuardState, seen: Seen) -> GuardState:
+def tracked_signals(state: GuardState, seen: Seen) -> GuardState:
     """Take in what a step says about scales and about its own length."""
     state = _tracked_scales(state, seen)
     length = seen.update
@@ -54,7 +54,7 @@ def mended_scales(policy: GuardPolicy, state: GuardState, seen: Seen) -> Decisio
     new = tuple(n for n in wrong if n not in state.in_bf16 and "*" not in state.in_bf16)
     if not new:
         return None
-    held = tuple(n for n in (*state.in_bf16, *new))
+    held = (*state.in_bf16, *new)
     if len(held) > policy.bf16_share * max(seen.layers, 1):
         new = held = ("*",)
     state = replace(
